@@ -30,16 +30,20 @@ _LONG = 64 # Tokens; a text side that reads fewer at a time is used as it is
 def _is_causal(model):
     "Does the text side look back only, and take its answer from the end of the text? Then nothing behind it counts."
     if not isinstance(model, open_clip.CLIP) or model.text_pool_type != 'argmax': return False
+    if model.context_length < _LONG: return False
     causal = torch.full_like(model.attn_mask, -math.inf).triu(1)
-    return model.context_length >= _LONG and torch.equal(model.attn_mask, causal)
+    return torch.equal(model.attn_mask, causal)
 
 def _cut_behind(model, tokens):
     """A causal text side and its tokens (P,T), both cut behind the end of the longest text: the same embeddings but
     for rounding, in the time of the tokens that are there."""
-    length = int(tokens.argmax(1).max())+1
+    ends = tokens.argmax(1)
+    length = int(ends.max())+1
+    positions = nn.Parameter(model.positional_embedding[:length])
+    mask = model.attn_mask[:length, :length]
     short = copy.copy(model)
-    short._parameters = dict(model._parameters, positional_embedding=nn.Parameter(model.positional_embedding[:length]))
-    short._buffers = dict(model._buffers, attn_mask=model.attn_mask[:length, :length])
+    short._parameters = dict(model._parameters, positional_embedding=positions)
+    short._buffers = dict(model._buffers, attn_mask=mask)
     return short,tokens[:, :length]
 
 class TextEncoder:
@@ -51,7 +55,8 @@ class TextEncoder:
         trained:bool=True, # Has it learned some words, so that a word which it has not seen is worth a warning?
     ):
         self.model: nn.Module = copy.copy(model)
-        self.model._modules = {k: m for k,m in model._modules.items() if k != 'visual'}
+        self.model._modules = dict(model._modules)
+        self.model._modules.pop('visual', None)
         self.model.eval().requires_grad_(False)
         self.tokenizer: Callable[..., torch.Tensor] = tokenizer
         self.name: str = name
@@ -72,13 +77,24 @@ class TextEncoder:
         self.model.to(device)
         for i in range(0, len(new), batch):
             part = new[i:i+batch]
-            self.cache.update(zip(part, self._encoded(self.tokenizer(part).to(device))))
+            tokens = self.tokenizer(part).to(device)
+            embeddings = self._encoded(tokens)
+            self.cache.update(zip(part, embeddings))
         return torch.stack([self.cache[p] for p in prompts])
 
     def _encoded(self, tokens):
         model = self.model
         if _is_causal(model): model,tokens = _cut_behind(model, tokens)
-        return F.normalize(model.encode_text(tokens).float(), dim=-1).cpu()
+        embeddings = model.encode_text(tokens).float()
+        return F.normalize(embeddings, dim=-1).cpu()
+
+    def _means(self, said, device='cpu'):
+        "For each class the mean over its prompts, of unit length: (K, D), on the CPU."
+        prompts = [p for ps in said for p in ps]
+        counts = [len(ps) for ps in said]
+        parts = self.prompts(prompts, device).split(counts)
+        means = [F.normalize(part.mean(0), dim=0) for part in parts]
+        return torch.stack(means)
 
     def __call__(self,
         said:Sequence[Sequence[str]], # For each class, its prompts: one list of texts each
@@ -86,23 +102,23 @@ class TextEncoder:
     )->torch.Tensor: # (K, D), unit length
         "Embed classes: the mean over the prompts of each, of unit length."
         self._warn(said)
-        e = self.prompts([p for ps in said for p in ps], device).split([len(ps) for ps in said])
-        return torch.stack([F.normalize(x.mean(0), dim=0) for x in e]).to(device)
+        return self._means(said, device).to(device)
 
     def strange(self, said:Sequence[Sequence[str]])->list[str]: # The first prompt of each such class
         """Classes whose words a small CLIP has never seen, or that are unlike all names that a CLIP for photographs
         was shown."""
         if not self.trained: return []
         if self.known is not None:
-            return [ps[0]
-                    for ps,likeness in zip(said, self.nearest(said)[0].tolist()) if likeness < self.known.least]
+            likeness,_ = self.nearest(said)
+            pairs = zip(said, likeness.tolist())
+            return [ps[0] for ps,like in pairs if like < self.known.least]
         if not hasattr(self.tokenizer, 'unknown_words'): return []
-        return [ps[0] for ps in said if all(self.tokenizer.unknown_words(p) for p in ps)]
+        unknown_words = self.tokenizer.unknown_words
+        return [ps[0] for ps in said if all(unknown_words(p) for p in ps)]
 
     def nearest(self, said:Sequence[Sequence[str]])->tuple[torch.Tensor, list[str]]: # (likeness (K,), list of K names)
         "Of a CLIP for photographs: the name it was shown that each class is most like."
-        parts = self.prompts([p for ps in said for p in ps]).split([len(ps) for ps in said])
-        return self.known.nearest(torch.stack([F.normalize(part.mean(0), dim=0) for part in parts]))
+        return self.known.nearest(self._means(said))
 
     def doubts(self,
         said:Sequence[Sequence[str]],
@@ -111,23 +127,27 @@ class TextEncoder:
         "What a small CLIP does not know of some classes."
         strange = sorted(self.strange(said), key=lambda p: p not in first)
         if not strange: return ''
+        share = f"{len(strange)} of {len(said)} names"
+        listed = ' | '.join(strange[:4])
         if self.known is not None:
+            shown = len(self.known.names)
             return (
-                f"{len(strange)} of {len(said)} names are unlike all {len(self.known.names):,} whose pictures "
-                f"'{self.name}' was shown; it can only guess at them: {' | '.join(strange[:4])}")
+                f"{share} are unlike all {shown:,} whose pictures "
+                f"'{self.name}' was shown; it can only guess at them: {listed}")
         pieces = [tuple(self.tokenizer.encode(p)) for p in strange]
         alike = sum(pieces.count(p) > 1 for p in pieces)
+        same = f', and to it {alike} of them are the same' if alike else ''
         return (
-            f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little "
-            f"about them{f', and to it {alike} of them are the same' if alike else ''}: "
-                          f"{' | '.join(strange[:4])}")
+            f"{share} have words that '{self.name}' has never seen; it can say little "
+            f"about them{same}: {listed}")
 
     def _warn(self, said):
         "Say once for each class that a small CLIP does not know its words."
         new = [p for p in self.strange(said) if ('warned', p) not in self.cache]
-        if new:
-            self.cache.update({('warned', p): True for p in new})
-            warnings.warn(printable(self.doubts(said, new)), stacklevel=4)
+        if not new: return
+        for prompt in new: self.cache['warned', prompt] = True
+        doubts = self.doubts(said, new)
+        warnings.warn(printable(doubts), stacklevel=4)
 
 # %% ../../nbs/clip/20_clip.ipynb #41a2b34d
 def class_prompts(
@@ -140,15 +160,19 @@ def class_prompts(
     does not have the place of the name once."""
     if hasattr(names, 'prompts') and templates is None: return names.prompts()
     templates = _PLAIN if templates is None else check_templates(templates)
-    words = (getattr(names, 'synonyms', None)
-             or [_synonyms(n) for n in ([names] if isinstance(names, str) else names)])
+    words = getattr(names, 'synonyms', None)
+    if not words:
+        if isinstance(names, str): names = [names]
+        words = [_synonyms(name) for name in names]
     if not words: raise OpenTransError("There are no names to embed: the vocabulary is empty.")
-    return [[t.format(w) for w in ws for t in templates] for ws in words]
+    def prompts(synonyms): return [t.format(word) for word in synonyms for t in templates]
+    return [prompts(synonyms) for synonyms in words]
 
 def _synonyms(name):
     if not isinstance(name, str) or not name.strip(' ,'):
         raise OpenTransError(f"A class name must be a text that is not empty, not {name!r}.")
-    return [s.strip() for s in checked_text(name, 'A class name').split(',') if s.strip()]
+    pieces = checked_text(name, 'A class name').split(',')
+    return [piece.strip() for piece in pieces if piece.strip()]
 
 # %% ../../nbs/clip/20_clip.ipynb #7d5ccabb
 def _side(net): # in pixels, of the images that a tower was trained on
@@ -173,14 +197,17 @@ class Origin:
     def maps(self)->tuple[dict[str, int], dict[str, int], int]:
         """Channels and strides of the maps, and the width of embeddings: asked by a forward pass, of a large tower
         without numbers."""
-        kind,size = tower_family(self.visual, self.name),_side(self.visual)
+        kind = tower_family(self.visual, self.name)
+        size = _side(self.visual)
         net = copy.deepcopy(self.visual).eval()
         if not is_small(net) or size > 256: net.to('meta')
+        image = torch.zeros(1, 3, size, size, device=device_of(net))
         with torch.no_grad():
-            maps,last = kind.features(net, torch.zeros(1, 3, size, size, device=device_of(net)))
+            maps,last = kind.features(net, image)
             dense = kind.dense(net, last)
-        return {k: m.shape[1] for k,m in maps.items()},{k: round(size/m.shape[-1])
-                                                        for k,m in maps.items()},dense.shape[1]
+        channels = {name: m.shape[1] for name,m in maps.items()}
+        strides = {name: round(size/m.shape[-1]) for name,m in maps.items()}
+        return channels,strides,dense.shape[1]
 
 # %% ../../nbs/clip/20_clip.ipynb #c41be07a
 class _ClipAbout(nn.Module):
@@ -209,15 +236,26 @@ class _ClipAbout(nn.Module):
             f"strides={self.strides}, channels={self.channels}")
 
     def _repr_markdown_(self):
-        rows = '\n'.join(f'| {k} | {c} | {self.strides[k]} |' for k,c in self.channels.items())
         weights = Path(self.origin.pretrained).name if self.origin.pretrained else 'random'
         n = sum(p.numel() for p in self.parameters())
-        return (
-            f"**{for_markdown(self.name)}**, weights: {for_markdown(weights)}; {n:,} parameters in the image "
-            f"tower, {self.embed_dim}-dimensional embeddings, " f"native size {self.image_size}\n\n| map | "
-                                                                f"channels | stride |\n| --- | --- | --- |\n{rows}")
+        head = f"**{for_markdown(self.name)}**, weights: {for_markdown(weights)}"
+        sizes = f"{self.embed_dim}-dimensional embeddings, native size {self.image_size}"
+        rows = ['| map | channels | stride |', '| --- | --- | --- |']
+        for name,count in self.channels.items(): rows.append(f'| {name} | {count} | {self.strides[name]} |')
+        table = '\n'.join(rows)
+        return f"{head}; {n:,} parameters in the image tower, {sizes}\n\n{table}"
 
 # %% ../../nbs/clip/20_clip.ipynb #5dc0a6c9
+def _check_prepared(images):
+    "Raises `OpenTransError` for what is no batch of images."
+    if not isinstance(images, torch.Tensor):
+        what = type(images).__name__
+        raise OpenTransError(f"Images must be a float tensor (B, 3, H, W) with values in [0,1], not {what}.")
+    is_batch = images.ndim == 4 and images.shape[1] == 3
+    if not is_batch or not images.is_floating_point():
+        what = f'{tuple(images.shape)} {images.dtype}'
+        raise OpenTransError(f"Images must be a float tensor (B, 3, H, W) with values in [0,1], not {what}.")
+
 class _ClipTower(_ClipAbout):
     "The image tower of a CLIP: images go in, the maps of its four stages come out."
     def __init__(self,
@@ -227,8 +265,9 @@ class _ClipTower(_ClipAbout):
         self.origin: Origin = origin
         self.kind: type[Tower] = tower_family(origin.visual, origin.name)
         self.visual: nn.Module = copy.deepcopy(origin.visual)
-        for k in ('mean', 'std'):
-            self.register_buffer(k, torch.tensor(getattr(origin, k)).view(1, 3, 1, 1), persistent=False)
+        for name in ('mean', 'std'):
+            colour = torch.tensor(getattr(origin, name))
+            self.register_buffer(name, colour.view(1, 3, 1, 1), persistent=False)
         self.image_size: int = _side(self.visual)
         self.eval()
         channels,strides,width = origin.maps
@@ -238,19 +277,18 @@ class _ClipTower(_ClipAbout):
 
     def prepare(self, images:torch.Tensor)->torch.Tensor:
         "Check images and take off CLIP's mean and deviation."
-        if (not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3
-            or not images.is_floating_point()):
-            what = (f'{tuple(images.shape)} {images.dtype}' if isinstance(images, torch.Tensor)
-                    else type(images).__name__)
-            raise OpenTransError(f"Images must be a float tensor (B, 3, H, W) with values in [0,1], not {what}.")
+        _check_prepared(images)
         return (images-self.mean)/self.std if self.origin.normalize else images
 
     def _embed(self, x, regions=None):
         "Embeddings of regions, or of whole images, that `prepare` has been at; not of unit length."
         last = self.kind.features(self.visual, x)[1]
         grid = last[1] if isinstance(last, tuple) else last.shape[-2:]
-        w = [x.new_ones(1, math.prod(grid))]*len(x) if regions is None else [cell_weights(r, grid) for r in regions]
-        return self.kind.pool(self.visual, last, w)
+        if regions is None:
+            everywhere = x.new_ones(1, math.prod(grid))
+            weights = [everywhere]*len(x)
+        else: weights = [cell_weights(r, grid) for r in regions]
+        return self.kind.pool(self.visual, last, weights)
 
     def forward(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
@@ -276,8 +314,10 @@ class _OpenedClip(_ClipTower):
     )->'ClipBackbone':
         "A backbone from an open_clip model. Raises `OpenTransError` for a tower that gives no maps, or no such stride."
         noted = getattr(model.visual, 'preprocess_cfg', {})
-        mean = _triple('mean', noted.get('mean', open_clip.OPENAI_DATASET_MEAN) if mean is None else mean)
-        std = _triple('std', noted.get('std', open_clip.OPENAI_DATASET_STD) if std is None else std)
+        if mean is None: mean = noted.get('mean', open_clip.OPENAI_DATASET_MEAN)
+        if std is None: std = noted.get('std', open_clip.OPENAI_DATASET_STD)
+        mean = _triple('mean', mean)
+        std = _triple('std', std)
         if copy_weights: model = copy.deepcopy(model)
         visual = model.visual.eval().requires_grad_(True)
         kind = tower_family(visual, name)
@@ -286,7 +326,8 @@ class _OpenedClip(_ClipTower):
             kind.dilate(visual, output_stride)
         scale = model.logit_scale.exp().item()
         text = TextEncoder(model, tokenizer, name, trained=pretrained is not None)
-        return cls(Origin(name, pretrained, visual, text, mean, std, scale, normalize, output_stride))
+        origin = Origin(name, pretrained, visual, text, mean, std, scale, normalize, output_stride)
+        return cls(origin)
 
     @classmethod
     def create(cls,
@@ -305,8 +346,9 @@ class _OpenedClip(_ClipTower):
     )->'ClipBackbone': # In eval mode, on the CPU
         "Open a CLIP. Weights that are missing, or do not fit, are an `OpenTransError` that says what to do."
         model,tokenizer,mean,std = open_model(name, pretrained, seed, cache_dir, quick_gelu, mean, std, hub)
-        return cls.from_model(model, tokenizer, name, pretrained and str(pretrained), mean, std, normalize,
-                              output_stride, copy_weights=False)
+        source = pretrained and str(pretrained)
+        return cls.from_model(model, tokenizer, name, source, mean, std, normalize, output_stride,
+                              copy_weights=False)
 
     def fresh_copy(self)->'ClipBackbone': # On the same device
         "A new backbone with the weights that `create` loaded, sharing the text encoder."
@@ -320,20 +362,26 @@ class _ClipEmbeddings(_OpenedClip):
         templates:str|Sequence[str]|None=None, # Prompts with `{}`; None takes the vocabulary's own, or CLIP's simplest
     )->torch.Tensor: # (K, D), unit length
         "Embed class names. Each prompt is encoded once for all copies of this backbone."
-        return self.text(class_prompts(vocabulary, templates), device_of(self))
+        said = class_prompts(vocabulary, templates)
+        return self.text(said, device_of(self))
 
     def encode_image(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
     )->torch.Tensor: # (B, D), unit length
         "Embed whole images, of any size."
-        return F.normalize(self._embed(self.prepare(images)), dim=-1)
+        embeddings = self._embed(self.prepare(images))
+        return F.normalize(embeddings, dim=-1)
+
+    def _last_map(self, images):
+        prepared = self.prepare(images)
+        return self.kind.features(self.visual, prepared)[1]
 
     def dense_embeddings(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
     )->torch.Tensor: # (B, D, h, w), unit length along D; h = H / `strides['res5']`
         "Embed each cell of the last map in the space of the text."
-        return F.normalize(self.kind.dense(self.visual, self.kind.features(self.visual, self.prepare(images))[1]),
-                           dim=1)
+        cells = self.kind.dense(self.visual, self._last_map(images))
+        return F.normalize(cells, dim=1)
 
 # %% ../../nbs/clip/20_clip.ipynb #7091e4f5
 def _check_regions(images, regions):
@@ -341,13 +389,52 @@ def _check_regions(images, regions):
         raise OpenTransError(
             f"There are {len(images)} images and {len(regions)} sets of regions: give one (N, H, W) mask tensor "
             f"for each image.")
+    size = images.shape[2:]
     for i,r in enumerate(regions):
-        if r.ndim != 3 or r.shape[1:] != images.shape[2:]:
+        if r.ndim != 3 or r.shape[1:] != size:
+            given = tuple(r.shape)
             raise OpenTransError(
-                f"The regions of image {i} are {tuple(r.shape)}; masks of shape (N, {images.shape[2]}, "
-                f"{images.shape[3]}) " "are needed, the size of the image.")
-        empty = (~r.bool().flatten(1).any(1)).nonzero().flatten().tolist()
+                f"The regions of image {i} are {given}; masks of shape (N, {size[0]}, "
+                f"{size[1]}) are needed, the size of the image.")
+        has_pixels = r.bool().flatten(1).any(1)
+        empty = (~has_pixels).nonzero().flatten().tolist()
         if empty: raise OpenTransError(f"Regions {empty[:6]} of image {i} have no pixel. Leave empty regions out.")
+
+def _box(mask):
+    "The box around a mask: (top, left, height, width)."
+    rows = mask.any(1).nonzero().flatten()
+    columns = mask.any(0).nonzero().flatten()
+    top = rows[0].item()
+    left = columns[0].item()
+    bottom = rows[-1].item()
+    right = columns[-1].item()
+    return top,left,bottom-top+1,right-left+1
+
+def _square(image, mask, margin):
+    "A region cut out of an image, in the middle of a square of 0."
+    top,left,height,width = _box(mask)
+    longer = max(height, width)
+    wanted = min(round(margin*longer), max(mask.shape))
+    side = max(longer, wanted)
+    cut = (image*mask)[:,top:top+height,left:left+width]
+    before = (side-width)//2
+    behind = side-width-before
+    above = (side-height)//2
+    below = side-height-above
+    return F.pad(cut, (before, behind, above, below))
+
+def _tight(image, mask):
+    "The box of a region without its last row and column, the rest of the image painted grey."
+    top,left,height,width = _box(mask)
+    bottom = top+max(height-1, 1)
+    right = left+max(width-1, 1)
+    painted = image.where(mask, 128/255)
+    return painted[:,top:bottom,left:right]
+
+def _resized(crop, size, mode):
+    "A crop as a square of this side."
+    batch = F.interpolate(crop[None], size=(size, size), mode=mode, antialias=True, align_corners=False)
+    return batch[0]
 
 class _ClipCrops(_ClipEmbeddings):
     "A tower that cuts regions out of images, in this package's way and in that of the released code."
@@ -359,18 +446,10 @@ class _ClipCrops(_ClipEmbeddings):
     )->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants; what is outside a region is 0
         "Cut out regions: square boxes around them, the rest painted in the mean colour, resized."
         _check_regions(images, regions)
-        size,res = size or self.image_size,[]
+        size = size or self.image_size
+        res = []
         for image,masks in zip(self.prepare(images), regions):
-            for m in masks.bool():
-                ys,xs = m.any(1).nonzero().flatten(),m.any(0).nonzero().flatten()
-                top = ys[0].item()
-                left = xs[0].item()
-                h = (ys[-1]-ys[0]+1).item()
-                w = (xs[-1]-xs[0]+1).item()
-                s = max(h, w, min(round(margin*max(h, w)), max(m.shape)))
-                c = F.pad((image*m)[:,top:top+h,left:left+w], ((s-w)//2, s-w-(s-w)//2, (s-h)//2, s-h-(s-h)//2))
-                res.append(F.interpolate(c[None], size=(size, size), mode='bilinear', antialias=True,
-                                         align_corners=False)[0])
+            for mask in masks.bool(): res.append(_resized(_square(image, mask, margin), size, 'bilinear'))
         return torch.stack(res) if res else images.new_zeros(0, 3, size, size)
 
     def tight_crops(self,
@@ -381,13 +460,12 @@ class _ClipCrops(_ClipEmbeddings):
         """Cut out regions as the code released with the paper does (detr_panoptic_caption_kd_dataset_mapper.py): the
         rest painted grey (128), the tight box without its last row and column, stretched to a square (bicubic)."""
         _check_regions(images, regions)
-        size,res = size or self.image_size,[]
+        size = size or self.image_size
+        res = []
         for image,masks in zip(images, regions):
-            for m in masks.bool():
-                ys,xs = m.any(1).nonzero().flatten().tolist(),m.any(0).nonzero().flatten().tolist()
-                painted = image.where(m, 128/255)[:,ys[0]:max(ys[-1], ys[0]+1),xs[0]:max(xs[-1], xs[0]+1)]
-                res.append(F.interpolate(painted[None], size=(size, size), mode='bicubic', antialias=True,
-                                         align_corners=False)[0].clamp(0, 1))
+            for mask in masks.bool():
+                crop = _resized(_tight(image, mask), size, 'bicubic')
+                res.append(crop.clamp(0, 1))
         return self.prepare(torch.stack(res)) if res else images.new_zeros(0, 3, size, size)
 
 # %% ../../nbs/clip/20_clip.ipynb #1b60dfd3
@@ -406,11 +484,14 @@ class ClipBackbone(_ClipCrops):
         if mode not in ('attention', 'crop', 'tight'):
             raise unknown('mode of region embeddings', mode, ['attention', 'crop', 'tight'])
         if regions is None:
-            regions = [torch.ones(1, *images.shape[2:], dtype=torch.bool, device=images.device)]*len(images)
-        if mode in ('crop', 'tight'):
-            _check_regions(images, regions)
-            if not sum(map(len, regions)): return images.new_zeros(0, self.embed_dim)
-            crops = self.crops(images, regions, margin=margin) if mode == 'crop' else self.tight_crops(images, regions)
-            return F.normalize(torch.cat([self._embed(c) for c in crops.split(batch)]), dim=-1)
+            everything = torch.ones(1, *images.shape[2:], dtype=torch.bool, device=images.device)
+            regions = [everything]*len(images)
         _check_regions(images, regions)
-        return F.normalize(self._embed(self.prepare(images), regions), dim=-1)
+        if mode == 'attention': embeddings = self._embed(self.prepare(images), regions)
+        elif not sum(map(len, regions)): return images.new_zeros(0, self.embed_dim)
+        else:
+            if mode == 'crop': crops = self.crops(images, regions, margin=margin)
+            else: crops = self.tight_crops(images, regions)
+            parts = crops.split(batch)
+            embeddings = torch.cat([self._embed(part) for part in parts])
+        return F.normalize(embeddings, dim=-1)

@@ -136,10 +136,14 @@ def join_of(
 )->dict: # `'names'`: (D, K), of unit length along D; `'mean'`: (D,)
     "Fit the join: what the names share, and where each lies without it. Nothing but names is needed."
     synonyms = [name.split(', ') for name in classes]
-    told = F.normalize(encode([template.format(word) for words in synonyms for word in words]), dim=-1)
-    means = torch.stack([part.mean(0) for part in told.split([len(words) for words in synonyms])])
+    sentences = [template.format(word) for words in synonyms for word in words]
+    counts = [len(words) for words in synonyms]
+    told = F.normalize(encode(sentences), dim=-1)
+    means = torch.stack([part.mean(0) for part in told.split(counts)])
     means = F.normalize(means, dim=-1)
-    return dict(names=F.normalize(means - means.mean(0), dim=-1).T.contiguous(), mean=means.mean(0))
+    shared = means.mean(0)
+    names = F.normalize(means - shared, dim=-1)
+    return dict(names=names.T.contiguous(), mean=shared)
 
 # %% ../../nbs/clip/22_photo.ipynb #33d81ff3
 @dataclass
@@ -154,7 +158,8 @@ class KnownNames:
     )->tuple: # (likeness to the nearest known name (N,), list of N such names)
         "The known name that each embedding is nearest to."
         best = (e @ self.embeddings.T).max(1)
-        return best.values,[self.names[i].split(', ')[0] for i in best.indices.tolist()]
+        nearest = [self.names[i] for i in best.indices.tolist()]
+        return best.values,[name.split(', ')[0] for name in nearest]
 
 # %% ../../nbs/clip/22_photo.ipynb #1e679eca
 class _Undrawn(TorchFunctionMode):
@@ -175,15 +180,16 @@ def photo_clip(
     image = told['image']
     text = told['text']
     size = told['embed_dim']
-    folder = [package_file(text, file) for file in text['files'] if file != text['weights']][0].parent
-    towers = dict(vision_cfg=dict(timm_model_name=image['timm'], timm_pool='avg', timm_proj='linear',
-                                  image_size=image['image_size']),
-                  text_cfg=dict(hf_model_name=str(folder), hf_model_pretrained=False, hf_proj_type=None,
-                                hf_pooler_type='mean_pooler'))
+    files = [package_file(text, file) for file in text['files'] if file != text['weights']]
+    folder = files[0].parent
+    vision_cfg = dict(timm_model_name=image['timm'], timm_pool='avg', timm_proj='linear',
+                      image_size=image['image_size'])
+    text_cfg = dict(hf_model_name=str(folder), hf_model_pretrained=False, hf_proj_type=None,
+                    hf_pooler_type='mean_pooler')
     with seeded(seed), contextlib.nullcontext() if drawn else _Undrawn():
-        model = open_clip.CustomTextCLIP(size, **towers)
-        model.visual.head = NameHead(model.visual.trunk.num_features, len(told['classes']), size,
-                                     told['temperature'])
+        model = open_clip.CustomTextCLIP(size, vision_cfg=vision_cfg, text_cfg=text_cfg)
+        width = model.visual.trunk.num_features
+        model.visual.head = NameHead(width, len(told['classes']), size, told['temperature'])
         model.text.proj = Centred(size)
     model.logit_scale.data.fill_(torch.tensor(told['logit_scale']).log())
     tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text['context_length'],
@@ -194,8 +200,10 @@ def read_join(
     name:str, # Such as `'photo-lite0'`
 )->dict: # As `join_of` gives it
     "The join that ships with the package."
-    return {key: value.float()
-            for key,value in load_tensors(ASSETS/f'{name}.safetensors', kind=PHOTO_FILE)[0].items()}
+    tensors,_ = load_tensors(ASSETS/f'{name}.safetensors', kind=PHOTO_FILE)
+    return {key: value.float() for key,value in tensors.items()}
+
+def _is_counter(key): return key.endswith('num_batches_tracked')
 
 def known_names(
     name:str, # Such as `'photo-lite0'`
@@ -206,8 +214,8 @@ def known_names(
 
 def _in_order(weights, model, part):
     "A classifier's tensors under the names of a model that has them in the same order."
-    own = {key: value for key,value in model.state_dict().items() if not key.endswith('num_batches_tracked')}
-    weights = [value for key,value in weights.items() if not key.endswith('num_batches_tracked')]
+    own = {key: value for key,value in model.state_dict().items() if not _is_counter(key)}
+    weights = [value for key,value in weights.items() if not _is_counter(key)]
     named = dict(zip(own, weights))
     if len(weights) != len(own):
         raise FormatError(f"The {part} has {len(weights)} tensors, not {len(own)}. Install its package again.")
@@ -228,12 +236,16 @@ def photo_weights(
     with torch.device('meta'): classifier = timm.create_model(image['timm'])
     tower = _in_order(state_dict_of(read_checkpoint(path), path), classifier, f"image tower of '{name}'")
     path = package_file(text, text['weights'])
-    words = {key: value
-             for key,value in read_checkpoint(path).items()
-             if not key.startswith('pooler.') and not key.endswith('position_ids')}
-    parts = {f'visual.trunk.{key}': value for key,value in tower.items() if not key.startswith('classifier.')}
-    parts.update({f'visual.head.{key}': value for key,value in tower.items() if key.startswith('classifier.')})
-    parts.update({f'text.transformer.{key}': value for key,value in words.items()})
-    parts['visual.head.names'],parts['text.proj.mean'] = join['names'].T,join['mean']
+    trunk = {}
+    head = {}
+    for key,value in tower.items():
+        if key.startswith('classifier.'): head[f'visual.head.{key}'] = value
+        else: trunk[f'visual.trunk.{key}'] = value
+    parts = trunk | head
+    for key,value in read_checkpoint(path).items():
+        is_unused = key.startswith('pooler.') or key.endswith('position_ids')
+        if not is_unused: parts[f'text.transformer.{key}'] = value
+    parts['visual.head.names'] = join['names'].T
+    parts['text.proj.mean'] = join['mean']
     parts['logit_scale'] = torch.tensor(told['logit_scale']).log()
     return parts

@@ -36,14 +36,16 @@ def _pieces(word):
 def _cut(text):
     "The pieces of a text; in plain English nothing is repaired, and no piece goes beyond a word."
     plain = text.isascii() and text.isprintable() and '&' not in text
-    return [piece for word in text.split() for piece in _pieces(word)] if plain else bpe_tokenizer().encode(text)
+    if not plain: return bpe_tokenizer().encode(text)
+    return [piece for word in text.split() for piece in _pieces(word)]
 
 def compact_tokens(
     captions:Iterable[str], # Texts of the small world
 )->list: # The pieces that they use, as text (`'red</w>'`), in the order of CLIP's table
     "The vocabulary that a small CLIP needs for these captions."
     t = bpe_tokenizer()
-    return [t.decoder[i] for i in sorted({i for c in captions for i in t.encode(c)})]
+    used = {i for caption in captions for i in t.encode(caption)}
+    return [t.decoder[i] for i in sorted(used)]
 
 # %% ../../nbs/clip/21_small_clip.ipynb #39a7a8a4
 class CompactTokenizer:
@@ -59,9 +61,13 @@ class CompactTokenizer:
             raise OpenTransError(
                 f"{len(strange)} tokens are not pieces of CLIP's tokenizer: {strange[:6]}. Make the list with "
                 f"compact_tokens(captions).")
-        self.tokens,self.context_length = list(dict.fromkeys(tokens)),context_length
-        self.ids = {t.encoder[p]: i+2 for i,p in enumerate(self.tokens)}
-        self.pad,self.unknown,self.start,self.end = 0,1,len(self.tokens)+2,len(self.tokens)+3
+        self.tokens = list(dict.fromkeys(tokens))
+        self.context_length = context_length
+        self.pad = 0
+        self.unknown = 1
+        self.ids = {t.encoder[piece]: i for i,piece in enumerate(self.tokens, 2)}
+        self.start = len(self.tokens)+2
+        self.end = self.start+1
 
     def __len__(self): return self.end+1
 
@@ -69,14 +75,23 @@ class CompactTokenizer:
 
     def unknown_words(self, text:str)->list:
         "The words of a text that hold a piece which is not in the table."
-        return [w for w in text.split() if not self.ids.keys() >= {*_pieces(w)} and any(c.isalnum() for c in w)]
+        known = self.ids.keys()
+        def is_strange(word):
+            if known >= {*_pieces(word)}: return False
+            return any(character.isalnum() for character in word)
+        return [word for word in text.split() if is_strange(word)]
 
     def __call__(self, texts, context_length=None)->torch.Tensor: # int64 (number of texts, context length)
         "Token ids of one text or many, padded with zeros."
         n = context_length or self.context_length
         if isinstance(texts, str): texts = [texts]
-        rows = [[self.start, *self.encode(text)[:n-2], self.end] for text in texts]
-        return torch.tensor([row + [self.pad]*(n-len(row)) for row in rows], dtype=torch.long).reshape(len(rows), n)
+        rows = []
+        for text in texts:
+            pieces = self.encode(text)
+            row = [self.start, *pieces[:n-2], self.end]
+            padding = [self.pad]*(n-len(row))
+            rows.append(row + padding)
+        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), n)
 
 # %% ../../nbs/clip/21_small_clip.ipynb #f280b840
 _Size = Annotated[int, Field(ge=1, le=2**16)]
@@ -125,7 +140,8 @@ _FAR = ('hf_model_name', 'hf_tokenizer_name', 'tokenizer_kwargs', 'timm_model_pr
 
 def _check_near(config, where):
     "Nothing that a configuration asks for may lie elsewhere. Raises `FormatError`."
-    vision, text = config.get('vision_cfg', {}), config.get('text_cfg', {})
+    vision = config.get('vision_cfg', {})
+    text = config.get('text_cfg', {})
     far = [key for part in (vision, text) for key in _FAR if part.get(key)]
     if far:
         raise FormatError(f"{where} has the entry '{far[0]}', by which something would be fetched. Leave it out.")
@@ -160,7 +176,8 @@ def small_clip(
             "A small CLIP needs its tokens: pass small_clip(config, tokens=compact_tokens(captions)).")
     tokenizer = CompactTokenizer(tokens, cfg['text_cfg'].get('context_length', 16))
     text = dict(cfg['text_cfg'], context_length=tokenizer.context_length, vocab_size=len(tokenizer))
+    text_cfg = open_clip.model.CLIPTextCfg(**text)
+    quick_gelu = cfg.get('quick_gelu', False)
     with seeded(seed):
-        model = open_clip.model.CLIP(cfg['embed_dim'], cfg['vision_cfg'], open_clip.model.CLIPTextCfg(**text),
-                                     quick_gelu=cfg.get('quick_gelu', False))
+        model = open_clip.model.CLIP(cfg['embed_dim'], cfg['vision_cfg'], text_cfg, quick_gelu=quick_gelu)
     return model,tokenizer

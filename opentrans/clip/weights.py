@@ -38,12 +38,15 @@ def read_weights(
             f"No weights file '{shorten(path)}'. Give a .safetensors or .pt file that exists, a tag, or "
             f"pretrained=None for random weights.")
     path = regular_file(path, 'weights file')
-    if _is_ours(path): return load_tensors(path, kind=CLIP_FILE)[0]
+    if _is_ours(path):
+        tensors,_ = load_tensors(path, kind=CLIP_FILE)
+        return tensors
     return state_dict_of(read_checkpoint(path), path)
 
 def _is_ours(path):
     "Did `save_weights` write this file?"
-    return Path(path).suffix == '.safetensors' and load_metadata(path).get('format') == CLIP_FILE.name
+    if Path(path).suffix != '.safetensors': return False
+    return load_metadata(path).get('format') == CLIP_FILE.name
 
 # %% ../../nbs/clip/24_weights.ipynb #e25b1433
 def _fit_positions(weights, model, source):
@@ -51,10 +54,24 @@ def _fit_positions(weights, model, source):
     name = 'visual.positional_embedding'
     before = weights.get(name)
     open_clip.model.resize_pos_embed(weights, model)
-    if before is None or weights[name].shape == before.shape: return
+    if before is None: return
+    here = weights[name]
+    if here.shape == before.shape: return
     warnings.warn(
-        f"{source} come with {len(before)} positions of the image tower, here are {len(weights[name])}: they were "
-        f"resampled. " "For the size of the weights, take an architecture of that size.", stacklevel=4)
+        f"{source} come with {len(before)} positions of the image tower, here are {len(here)}: they were "
+        f"resampled. For the size of the weights, take an architecture of that size.", stacklevel=4)
+
+def _named_here(weights, model):
+    "Weights as float32, under the names of this model's parameters."
+    settings = ('input_resolution', 'context_length', 'vocab_size')
+    full = {}
+    for name,v in weights.items():
+        if name in settings: continue
+        full[name] = v.float() if v.is_floating_point() else v
+    named = open_clip.convert.convert_state_dict(model, full)
+    if 'positional_embedding' in named and not hasattr(model, 'positional_embedding'):
+        named = open_clip.model.convert_to_custom_text_state_dict(named)
+    return named
 
 def load_weights(
     model:nn.Module, # An open_clip model
@@ -63,27 +80,33 @@ def load_weights(
 ):
     """Fill all of a CLIP from a state dict: whatever is missing, left over or of another shape is an error that
     lists the names."""
-    sd = open_clip.convert.convert_state_dict(model,
-                                              {k: v.float() if v.is_floating_point() else v
-                                               for k,v in weights.items()
-                                               if k not in ('input_resolution', 'context_length', 'vocab_size')})
-    if 'positional_embedding' in sd and not hasattr(model, 'positional_embedding'):
-        sd = open_clip.model.convert_to_custom_text_state_dict(sd)
-    _fit_positions(sd, model, source)
+    named = _named_here(weights, model)
+    _fit_positions(named, model, source)
     own = model.state_dict()
-    if 'logit_scale' in sd: sd['logit_scale'] = sd['logit_scale'].reshape(own['logit_scale'].shape)
-    missing = [k for k in own if k not in sd and not k.endswith('num_batches_tracked')]
-    extra = [k for k in sd if k not in own]
-    shapes = [f"{k} {tuple(sd[k].shape)} (here {tuple(own[k].shape)})"
-              for k in own if k in sd and sd[k].shape != own[k].shape]
+    if 'logit_scale' in named:
+        shape = own['logit_scale'].shape
+        named['logit_scale'] = named['logit_scale'].reshape(shape)
+    _check_fit(named, own, source)
+    check_finite(named, source, 'Nothing can be computed with them: fetch or make them again.')
+    model.load_state_dict(named, strict=False)
+
+def _check_fit(weights, own, source):
+    "Raises `OpenTransError` where weights are not those of all of a model."
+    missing = [k for k in own if k not in weights and not k.endswith('num_batches_tracked')]
+    extra = [k for k in weights if k not in own]
+    shapes = []
+    for name,here in own.items():
+        if name not in weights: continue
+        given = tuple(weights[name].shape)
+        wanted = tuple(here.shape)
+        if given != wanted: shapes.append(f"{name} {given} (here {wanted})")
     for what,names in (('miss', missing), ('have other shapes for', shapes), ('have unknown', extra)):
-        if names:
-            raise OpenTransError(
-                f"{source} {what} {len(names)} of {len(own)} tensors: "
-                f"{', '.join(names[:6])}{' ...' if len(names)>6 else ''}. " "A whole CLIP of this architecture is "
-                                                                            "needed, image and text encoder both.")
-    check_finite(sd, source, 'Nothing can be computed with them: fetch or make them again.')
-    model.load_state_dict(sd, strict=False)
+        if not names: continue
+        listed = ', '.join(names[:6])
+        more = ' ...' if len(names)>6 else ''
+        raise OpenTransError(
+            f"{source} {what} {len(names)} of {len(own)} tensors: {listed}{more}. A whole CLIP of this architecture is "
+            "needed, image and text encoder both.")
 
 # %% ../../nbs/clip/24_weights.ipynb #402ce360
 _Three = Annotated[list[float], Field(min_length=3, max_length=3)]
@@ -106,8 +129,8 @@ def _triple(name, values):
     "Three finite numbers, above 0 for a deviation. Raises `OpenTransError`."
     try: numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError): numbers = ()
-    good = len(numbers) == 3 and all(map(math.isfinite, numbers)) and (name != 'std' or min(numbers) > 0)
-    if good: return numbers
+    are_three = len(numbers) == 3 and all(map(math.isfinite, numbers))
+    if are_three and (name != 'std' or min(numbers) > 0): return numbers
     wanted = 'three numbers above 0' if name == 'std' else 'three numbers'
     raise OpenTransError(
         f"{name}={shorten(values)} of a CLIP's images: give {wanted}, one for each of red, green and blue.")
@@ -119,16 +142,20 @@ def clip_facts(
 )->dict:
     "What the weights of a CLIP do not show: its activation, the normalisation of its images, and its sizes."
     if hasattr(model, 'origin'):
-        return dict(clip_facts(_whole(model)), mean=list(model.origin.mean), std=list(model.origin.std))
+        origin = model.origin
+        return dict(clip_facts(_whole(model)), mean=list(origin.mean), std=list(origin.std))
     quick = any(isinstance(part, open_clip.transformer.QuickGELU) for part in model.modules())
-    sizes = dict(image_size=getattr(model.visual, 'image_size', None),
-                 context_length=getattr(getattr(model, 'text', model), 'context_length', None))
+    size = getattr(model.visual, 'image_size', None)
+    if isinstance(size, (tuple, list)) and len(set(size)) == 1: size = size[0]
+    text = getattr(model, 'text', model)
     noted = getattr(model.visual, 'preprocess_cfg', {})
-    if isinstance(sizes['image_size'], (tuple, list)) and len(set(sizes['image_size'])) == 1:
-        sizes['image_size'] = sizes['image_size'][0]
-    known = dict(quick_gelu=quick, **{name: noted.get(name) for name in _NOTED}, **sizes)
-    return {name: list(fact) if isinstance(fact, tuple) else fact
-            for name, fact in known.items() if fact is not None}
+    known = dict(quick_gelu=quick)
+    for name in _NOTED: known[name] = noted.get(name)
+    known.update(image_size=size, context_length=getattr(text, 'context_length', None))
+    res = {}
+    for name,fact in known.items():
+        if fact is not None: res[name] = list(fact) if isinstance(fact, tuple) else fact
+    return res
 
 def save_weights(
     model:nn.Module, # An open_clip model, or a `ClipBackbone`
@@ -142,11 +169,12 @@ def save_weights(
     """Write all weights of a CLIP to a safetensors file that `ClipBackbone.create` reads, with activation,
     normalisation and sizes."""
     facts = clip_facts(model)
-    facts.update({name: list(_triple(name, told))
-                  for name, told in dict(mean=mean, std=std).items() if told is not None})
-    weights = (_whole(model) if hasattr(model, 'origin') else model).state_dict()
-    weights = {k: v.half() if half and v.is_floating_point() else v for k,v in weights.items()}
-    save_tensors(weights, path, dict(metadata, clip=facts), CLIP_FILE)
+    if mean is not None: facts['mean'] = list(_triple('mean', mean))
+    if std is not None: facts['std'] = list(_triple('std', std))
+    whole = _whole(model) if hasattr(model, 'origin') else model
+    weights = whole.state_dict()
+    if half: weights = {name: v.half() if v.is_floating_point() else v for name,v in weights.items()}
+    save_tensors(dict(weights), path, dict(metadata, clip=facts), CLIP_FILE)
 
 def _whole(clip):
     "The open_clip model of a backbone: its text side with its image tower."
@@ -160,8 +188,11 @@ def read_facts(
     "What a file of weights tells of its CLIP besides the weights. Raises `OpenTransError`."
     if Path(path).suffix != '.safetensors': return {}
     meta = load_metadata(path)
-    facts = metadata_value(meta, 'clip', _Facts, path) if 'clip' in meta else {}
-    return {name: _triple(name, fact) if name in ('mean', 'std') else fact for name, fact in facts.items()}
+    if 'clip' not in meta: return {}
+    facts = dict(metadata_value(meta, 'clip', _Facts, path))
+    for name in ('mean', 'std'):
+        if name in facts: facts[name] = _triple(name, facts[name])
+    return facts
 
 # %% ../../nbs/clip/24_weights.ipynb #d5c1a626
 HUB = 'hf-hub:' # What stands before the name of a repository of the Hugging Face hub
@@ -174,11 +205,16 @@ def _from_cache(repository, file, cache_dir=None):
 def _local_copy(cfg, cache_dir=None):
     "Path of a published checkpoint that was downloaded before, or None."
     if not cfg.get('hf_hub'):
-        path = Path(cache_dir or '~/.cache/clip').expanduser()/os.path.basename(cfg.get('url', ''))
+        folder = Path(cache_dir or '~/.cache/clip').expanduser()
+        path = folder/os.path.basename(cfg.get('url', ''))
         return str(path) if path.is_file() else None
     repository, file = os.path.split(cfg['hf_hub'])
-    files = [re.sub(r'\.(bin|pth)$', '.safetensors', file), file] if file else _HUB_FILES
-    return next(filter(None, (_from_cache(repository, name, cache_dir) for name in files)), None)
+    files = _HUB_FILES
+    if file: files = [re.sub(r'\.(bin|pth)$', '.safetensors', file), file]
+    for name in files:
+        path = _from_cache(repository, name, cache_dir)
+        if path: return path
+    return None
 
 _HUB_FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.bin') # open_clip's names for weights
 
@@ -189,7 +225,9 @@ def _cached(cfg, cache_dir):
 def _reach(cfg):
     "Fail at once, rather than after many retries, where there is no network."
     url = huggingface_hub.constants.ENDPOINT if cfg.get('hf_hub') else cfg['url']
-    if not urllib.request.getproxies(): socket.getaddrinfo(urllib.parse.urlparse(url).hostname, 443)
+    if urllib.request.getproxies(): return
+    host = urllib.parse.urlparse(url).hostname
+    socket.getaddrinfo(host, 443)
 
 def _fetch(name, tag, cache_dir, hub=None):
     "Path and settings of a published checkpoint. Raises `OpenTransError` for unknown tags and failed downloads."
@@ -207,16 +245,18 @@ def _fetch(name, tag, cache_dir, hub=None):
             raise OpenTransError(
                 f"The weights '{tag}' of {name} are not on this machine, and it is a file that asks for them. "
                 f"Files fetch nothing: allow it by --allow-hub (in Python: hub=True), or give --pretrained "
-                                         f"{tag} yourself.")
+                f"{tag} yourself.")
         return path, cfg
     try:
         if not _cached(cfg, cache_dir): _reach(cfg)
         return open_clip.download_pretrained(cfg, cache_dir=cache_dir),cfg
     except Exception as e:
+        why = getattr(e, 'strerror', None) or type(e).__name__
+        source = cfg.get('hf_hub') or cfg.get('url')
         raise OpenTransError(
             f"The weights '{tag}' of {name} could not be downloaded "
-            f"({getattr(e, 'strerror', None) or type(e).__name__}). Check the network, or fetch "
-            f"'{cfg.get('hf_hub') or cfg.get('url')}' elsewhere and give the path of the file as "
+            f"({why}). Check the network, or fetch "
+            f"'{source}' elsewhere and give the path of the file as "
             f"pretrained=FILE.") from e
 
 # %% ../../nbs/clip/24_weights.ipynb #b8250b51
@@ -243,18 +283,21 @@ def _hub_config(name, hub, cache_dir=None):
             f"'{shorten(name)}' lies on the Hugging Face hub, from which nothing is fetched unless you allow it: "
             "by --allow-hub, in Python by hub=True.")
     told = load_json(_hub_file(name, 'open_clip_config.json', cache_dir), dict)
-    return dict(_check_hub(told.get('model_cfg', told), f"The configuration of '{name}'"),
-                preprocess_cfg=told.get('preprocess_cfg') or {})
+    parts = told.get('model_cfg', told)
+    cfg = _check_hub(parts, f"The configuration of '{name}'")
+    return dict(cfg, preprocess_cfg=told.get('preprocess_cfg') or {})
 
 def _check_hub(cfg, where):
     "A repository's configuration, without anything that would fetch or run more. Raises `FormatError`."
     check_shape(cfg, _Parts, where)
-    vision, text = dict(cfg['vision_cfg']), dict(cfg['text_cfg'])
+    vision = dict(cfg['vision_cfg'])
+    text = dict(cfg['text_cfg'])
     if 'multimodal_cfg' in cfg or text.get('hf_model_name'):
         raise FormatError(
             f"{where} is not that of a CLIP with towers of open_clip's own. Choose another repository.")
     if vision.get('timm_model_name') is not None: _check_timm(vision['timm_model_name'], where)
-    strange = [key for key in text.get('tokenizer_kwargs') or {} if key not in _TOKENIZER]
+    options = text.get('tokenizer_kwargs') or {}
+    strange = [key for key in options if key not in _TOKENIZER]
     if strange:
         raise FormatError(
             f"{where} gives its tokenizer the option '{shorten(strange[0])}', which is not taken from a repository.")
@@ -286,11 +329,11 @@ def model_config(
         raise OpenTransError(
             f"'{shorten(name)}' would take an architecture, and code, from a folder. Give open_clip's name of the "
             "architecture, and the folder's file of weights as pretrained.")
-    cfg = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    known = open_clip.list_models()
+    cfg = open_clip.get_model_config(name) if name in known else None
     if cfg is None:
-        raise unknown('CLIP model', name,
-                      shipped_clips()
-                      + [n for n in open_clip.list_models() if n.startswith(('RN', 'ViT', 'convnext'))])
+        usual = [n for n in known if n.startswith(('RN', 'ViT', 'convnext'))]
+        raise unknown('CLIP model', name, shipped_clips() + usual)
     if 'multimodal_cfg' in cfg:
         raise OpenTransError(
             f"'{name}' is a captioner, not a CLIP with an image tower and a text tower; choose an RN, ViT or "
@@ -318,16 +361,17 @@ def _text_from_hub(
         if not _PLACE.fullmatch(str(repository)) or os.path.exists(repository):
             raise OpenTransError(
                 f"'{name}' needs '{shorten(repository)}' of the Hugging Face hub, and a folder of that name here "
-                f"would be " "taken for it. Start from another folder.")
+                f"would be taken for it. Start from another folder.")
         if not allowed and _from_cache(repository, file, cache_dir) is None:
             raise OpenTransError(
                 f"The texts of '{name}' need '{repository}' of the Hugging Face hub, which is not on this machine. "
-                 "Allow to fetch it: by --allow-hub, in Python by hub=True.")
+                "Allow to fetch it: by --allow-hub, in Python by hub=True.")
     return contextlib.nullcontext() if allowed else _offline()
 
 def _tokenizer(text, cache_dir=None):
     "The tokenizer that a `text_cfg` names. No code that lies beside it is run."
-    length, options = text.get('context_length', 77), dict(text.get('tokenizer_kwargs') or {})
+    length = text.get('context_length', 77)
+    options = dict(text.get('tokenizer_kwargs') or {})
     if not text.get('hf_tokenizer_name'): return open_clip.SimpleTokenizer(context_length=length, **options)
     if text.get('tokenizer_mode'): options['tokenizer_mode'] = text['tokenizer_mode']
     options.update(cache_dir=cache_dir, trust_remote_code=False)
@@ -337,20 +381,26 @@ def _architecture(name, quick_gelu, cfg):
     "An open_clip model with initial weights, from its configuration. Raises `OpenTransError`."
     cfg = copy.deepcopy(cfg)
     text = cfg['text_cfg']
-    kind = (open_clip.CustomTextCLIP if cfg.pop('custom_text', False) or 'hf_model_name' in cfg['text_cfg']
-            else open_clip.CLIP)
+    is_custom = cfg.pop('custom_text', False) or 'hf_model_name' in text
+    kind = open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
     if 'hf_model_name' in text: text['hf_model_pretrained'] = False
     allowed = inspect.signature(kind).parameters
-    try: return kind(**dict({k: v for k,v in cfg.items() if k in allowed}, quick_gelu=quick_gelu))
+    settings = {k: v for k,v in cfg.items() if k in allowed}
+    settings['quick_gelu'] = quick_gelu
+    try: return kind(**settings)
     except Exception as e: raise OpenTransError(f"open_clip cannot build '{name}' here: {shorten(e)}") from e
 
 # %% ../../nbs/clip/24_weights.ipynb #0cc1002f
 def _usual(name):
     """What all published weights of an architecture agree on: activation, mean and deviation; None where they do
     not."""
-    found = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    every = {fact: {_hashable(other.get(fact)) for other in found} for fact in ('quick_gelu', 'mean', 'std')}
-    return {fact: values.pop() if len(values) == 1 else None for fact, values in every.items()}
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    found = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    res = {}
+    for fact in ('quick_gelu', 'mean', 'std'):
+        values = {_hashable(published.get(fact)) for published in found}
+        res[fact] = values.pop() if len(values) == 1 else None
+    return res
 
 def _hashable(value): return tuple(value) if isinstance(value, (list, tuple)) else value or False
 
@@ -368,7 +418,8 @@ def _activation(name, cfg, facts, weights, usual):
 
 def _normalisation(facts, weights, usual):
     "Mean and deviation of images. And a sentence's part, if they are not known."
-    mean, std = facts.get('mean') or usual['mean'], facts.get('std') or usual['std']
+    mean = facts.get('mean') or usual['mean']
+    std = facts.get('std') or usual['std']
     if mean and std: return mean, std, ''
     said = "how their images were normalised (as OpenAI's is taken; else give mean and std)" if weights else ''
     return mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD, said
@@ -386,7 +437,8 @@ def _complete(
     usual = nothing if ours or not weights else _usual(name)
     quick, no_activation = _activation(name, cfg, facts, weights, usual)
     mean, std, no_colours = _normalisation(facts, weights, usual)
-    unsaid = ', nor '.join(filter(None, (no_activation, no_colours)))
+    untold = filter(None, (no_activation, no_colours))
+    unsaid = ', nor '.join(untold)
     if unsaid: warnings.warn(f"The weights in '{where}' do not tell {unsaid}.", stacklevel=4)
     return dict(facts, quick_gelu=quick, mean=_triple('mean', mean), std=_triple('std', std))
 
@@ -403,9 +455,12 @@ def find_weights(
     if not isinstance(pretrained, (str, Path)) or not str(pretrained).strip():
         raise OpenTransError(
             f"pretrained={pretrained!r}: give a tag, the path of a weights file, or None for random weights.")
-    path, tag = Path(pretrained), str(pretrained)
+    path = Path(pretrained)
+    tag = str(pretrained)
     if os.path.isfile(path): return path, read_facts(path)
-    if tag == name and small: return ASSETS/f'{name}.safetensors', read_facts(ASSETS/f'{name}.safetensors')
+    if tag == name and small:
+        path = ASSETS/f'{name}.safetensors'
+        return path, read_facts(path)
     if tag == name and tag.startswith(HUB):
         path = _hub_weights(name, cache_dir)
         return path, read_facts(path)
@@ -413,8 +468,13 @@ def find_weights(
     if path.suffix in ('.safetensors', '.pt', '.pth', '.bin') or path.parent != Path('.'): read_weights(path)
     if name in shipped_clips(): raise unknown(f'weights (no such file, and no such tag of {name}):', tag, [name])
     path, published = _fetch(name, tag, cache_dir, hub)
-    return path, {fact: published[fact]
-                  for fact in _NOTED if published.get(fact)} | dict(quick_gelu=published.get('quick_gelu', False))
+    facts = _noted_in(published)
+    facts['quick_gelu'] = published.get('quick_gelu', False)
+    return path, facts
+
+def _noted_in(told):
+    "What is told of how images are normalised and resized."
+    return {fact: told[fact] for fact in _NOTED if told.get(fact)}
 
 def _build(name, cfg, facts, small, seed, allowed, cache_dir=None):
     """A CLIP with initial weights and its tokenizer, of the activation and the sizes that are known. Raises
@@ -436,8 +496,10 @@ def _holds_tower(path):
     if Path(path).suffix != '.safetensors' or not os.path.isfile(path): return False
     load_metadata(path) # says what is wrong with a file that is none
     with safe_open(str(path), 'pt') as file: names = list(file.keys())
-    return not any(name == 'logit_scale' or 'token_embedding' in name or name.startswith(('visual.', 'text.'))
-                   for name in names)
+    def is_of_clip(name):
+        if name == 'logit_scale' or 'token_embedding' in name: return True
+        return name.startswith(('visual.', 'text.'))
+    return not any(is_of_clip(name) for name in names)
 
 def weights_apart(
     name:str, # Of the CLIP
@@ -484,47 +546,54 @@ def open_model(
     tag = path is not None and not os.path.isfile(pretrained)
     if str(name).startswith(HUB): facts = dict(_noted(cfg), **facts)
     elif tag: facts['quick_gelu'] = facts.get('quick_gelu', False) or cfg.get('quick_gelu', False)
-    facts.update({fact: value
-                  for fact, value in dict(quick_gelu=quick_gelu, mean=mean, std=std).items() if value is not None})
+    facts.update(_given(quick_gelu=quick_gelu, mean=mean, std=std))
     weights = read_weights(path) if path else {}
-    facts = _complete(name, cfg, facts, weights, Path(path or '').name, small)
-    model,tokenizer = _build(name, cfg, facts, small, seed, hub is True or hub is None and tag, cache_dir)
-    if path: load_weights(model, weights, f"'{Path(path).name}'")
+    source = Path(path or '').name
+    facts = _complete(name, cfg, facts, weights, source, small)
+    allowed = hub is True or hub is None and tag
+    model,tokenizer = _build(name, cfg, facts, small, seed, allowed, cache_dir)
+    if path: load_weights(model, weights, f"'{source}'")
     if tower: _lay_tower(model, tower)
     _note(model, facts)
     return model.eval(),tokenizer,facts['mean'],facts['std']
 
+def _given(**facts):
+    "The facts that are not None."
+    return {fact: value for fact,value in facts.items() if value is not None}
+
 def _open_photo(name, pretrained, seed, mean, std):
     "A CLIP for photographs, as `open_model` gives it."
     pretrained, tower = weights_apart(name, pretrained)
-    path, facts = (None, {}) if pretrained == name else find_weights(name, pretrained)
+    is_own = pretrained == name
+    path, known = (None, {}) if is_own else find_weights(name, pretrained)
     usual = photo_settings(name)['image']
-    facts = dict(mean=usual['mean'], std=usual['std'], quick_gelu=False) | facts
-    facts.update({fact: value for fact, value in dict(mean=mean, std=std).items() if value is not None})
-    facts.update(mean=_triple('mean', facts['mean']), std=_triple('std', facts['std']))
-    model, tokenizer = photo_clip(name, seed, drawn=pretrained != name and not path)
-    if pretrained == name: load_weights(model, photo_weights(name), f"The packages of '{name}'")
+    facts = dict(mean=usual['mean'], std=usual['std'], quick_gelu=False)
+    facts.update(known)
+    facts.update(_given(mean=mean, std=std))
+    for fact in ('mean', 'std'): facts[fact] = _triple(fact, facts[fact])
+    model, tokenizer = photo_clip(name, seed, drawn=not is_own and not path)
+    if is_own: load_weights(model, photo_weights(name), f"The packages of '{name}'")
     elif path: load_weights(model, read_weights(path), f"'{Path(path).name}'")
-    if path or pretrained == name: model.known = known_names(name)
+    if path or is_own: model.known = known_names(name)
     if tower: _lay_tower(model, tower)
     _note(model, facts)
     return model.eval(), tokenizer, facts['mean'], facts['std']
 
 def _lay_tower(model, path):
     "Put the weights of a file over those of a CLIP's image tower. Raises `OpenTransError` if they do not fit."
-    weights = load_tensors(path)[0]
+    weights,_ = load_tensors(path)
     check_like(weights, model.visual.state_dict(), path, 'weights of the image tower')
     model.visual.load_state_dict(weights)
 
 def _noted(cfg):
     "What a repository of the hub tells of its weights."
-    told = cfg.get('preprocess_cfg', {})
-    return ({fact: told[fact] for fact in _NOTED if told.get(fact)}
-            | dict(quick_gelu=bool(cfg.get('quick_gelu', False))))
+    facts = _noted_in(cfg.get('preprocess_cfg', {}))
+    facts['quick_gelu'] = bool(cfg.get('quick_gelu', False))
+    return facts
 
 def _note(model, facts):
     "Write at a model how its images are normalised, as open_clip does, so that it is saved with its weights."
     size = getattr(model.visual, 'image_size', 224)
     usual = dict(size=size, mode='RGB', interpolation='bicubic', resize_mode='shortest', fill_color=0)
-    open_clip.model.set_model_preprocess_cfg(model,
-                                             dict(usual, **{fact: facts[fact] for fact in _NOTED if fact in facts}))
+    own = {fact: facts[fact] for fact in _NOTED if fact in facts}
+    open_clip.model.set_model_preprocess_cfg(model, usual | own)

@@ -19,10 +19,17 @@ from ..runtime import device_of, progress
 # %% ../../nbs/clip/23c_features.ipynb #d72e6bf6
 def _cosine(student, teacher): return 1-F.cosine_similarity(student, teacher, dim=1).mean()
 
+def _centred(maps):
+    "Maps (B, C, h, w) as rows (B*h*w, C) of mean 0."
+    rows = maps.movedim(1, -1).flatten(0, -2)
+    return rows-rows.mean(0)
+
 def _cka(student, teacher):
-    x,y = (m.movedim(1, -1).flatten(0, -2) for m in (student, teacher))
-    x,y = (m-m.mean(0) for m in (x, y))
-    return 1-(x.T @ y).square().sum()/((x.T @ x).norm()*(y.T @ y).norm()).clamp_min(1e-12)
+    x = _centred(student)
+    y = _centred(teacher)
+    shared = (x.T @ y).square().sum()
+    own = (x.T @ x).norm()*(y.T @ y).norm()
+    return 1-shared/own.clamp_min(1e-12)
 
 DISTANCES = {'cosine': _cosine, 'cka': _cka} # of two maps (B, C, h, w)
 
@@ -36,9 +43,11 @@ def feature_loss(
     if kind not in DISTANCES: raise unknown('distance of features', kind, DISTANCES)
     odd = [n for n in teacher if n not in student or student[n].shape != teacher[n].shape]
     if odd or not teacher:
+        where = ', '.join(odd) or 'all'
         raise OpenTransError(
-            f"The maps of student and teacher differ in {', '.join(odd) or 'all'}: give two towers of one kind.")
-    each = [DISTANCES[kind](student[n].float(), teacher[n].float()) for n in teacher]
+            f"The maps of student and teacher differ in {where}: give two towers of one kind.")
+    distance = DISTANCES[kind]
+    each = [distance(student[n].float(), teacher[n].float()) for n in teacher]
     return torch.stack(each).mean()
 
 # %% ../../nbs/clip/23c_features.ipynb #6a4d37e9
@@ -59,7 +68,8 @@ class FeatureTrainer:
     amp:InitVar = None # Of opentrans 0.1: True is `precision='bf16'`
 
     def __post_init__(self, amp):
-        self.precision,self.clip_grad = precision_of(self.precision, amp),none_if_off(self.clip_grad, 0)
+        self.precision = precision_of(self.precision, amp)
+        self.clip_grad = none_if_off(self.clip_grad, 0)
         if self.kind not in DISTANCES: raise unknown('distance of features', self.kind, DISTANCES)
         if self.batch_norm not in ('train', 'frozen'):
             raise unknown('batch_norm', self.batch_norm, ['train', 'frozen'])
@@ -69,18 +79,20 @@ class FeatureTrainer:
         self.teacher = self.clip.fresh_copy().requires_grad_(False).eval()
         for stage in self.stages:
             if stage not in self.clip.channels: raise unknown('stage', stage, self.clip.channels)
+        weights = checksum(self.teacher.state_dict(), {})
+        # amp: in the words that files hold since 0.1
         self.settings = dict(loss=f'features, {self.kind}', stages=list(self.stages), iterations=self.iterations,
                              lr=self.lr, clip_grad=self.clip_grad or 0., batch_norm=self.batch_norm,
-                             amp=self.precision is not None, # off in the words that files hold since 0.1
-                            
-                             images=len(self.images), teacher=checksum(self.teacher.state_dict(), {})[7:23])
+                             amp=self.precision is not None, images=len(self.images), teacher=weights[7:23])
 
     def _loss(self, backbone, images):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision is not None):
             student = backbone(images)
             with torch.no_grad(): teacher = self.teacher(images)
         chosen = self.stages or tuple(teacher)
-        return feature_loss({n: student[n] for n in chosen}, {n: teacher[n] for n in chosen}, self.kind)
+        learned = {n: student[n] for n in chosen}
+        wanted = {n: teacher[n] for n in chosen}
+        return feature_loss(learned, wanted, self.kind)
 
     def losses(self,
         model:nn.Module, # A `ClipBackbone`, or what holds one
@@ -99,7 +111,8 @@ class FeatureTrainer:
         while True:
             batches = [*self.images]
             if not batches: raise OpenTransError("There are no images to learn from.")
-            for i in torch.randperm(len(batches), generator=draws).tolist(): yield batches[i]
+            order = torch.randperm(len(batches), generator=draws)
+            for i in order.tolist(): yield batches[i]
 
     def __call__(self,
         model:nn.Module, # A `ClipBackbone`, or what holds one; its tower is trained in place
@@ -109,9 +122,11 @@ class FeatureTrainer:
         backbone = find_backbone(model)
         if backbone is self.teacher:
             raise OpenTransError("The model to train is the teacher itself. Train another copy.")
-        device,losses = device_of(backbone),[]
+        device = device_of(backbone)
+        losses = []
         self.teacher.to(device)
-        batches = self._endless(int(torch.randint(2**31, ())))
+        seed = torch.randint(2**31, ())
+        batches = self._endless(int(seed))
         with _training(backbone, backbone, self.batch_norm, ()) as params:
             opt = torch.optim.AdamW(params, lr=self.lr, weight_decay=0.)
             for i in progress(range(self.iterations), f'features, round {round}'):
@@ -125,4 +140,6 @@ class FeatureTrainer:
                              f'Try a smaller lr (now {self.lr}).')
         tenth = max(1, len(losses)//10)
         def mean(values): return sum(values)/len(values)
-        return dict(loss=mean(losses), loss_first=mean(losses[:tenth]), loss_last=mean(losses[-tenth:]))
+        first = mean(losses[:tenth])
+        last = mean(losses[-tenth:])
+        return dict(loss=mean(losses), loss_first=first, loss_last=last)

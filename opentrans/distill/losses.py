@@ -14,21 +14,28 @@ from ..errors import OpenTransError
 from ..runtime import device_of
 
 # %% ../../nbs/clip/23b_losses.ipynb #60e01512
+def _full(x):
+    "Numbers of half precision as float32."
+    is_half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if is_half else x
+
 def distances(
     a:torch.Tensor, # (N, D)
     b:torch.Tensor, # (M, D)
 )->torch.Tensor: # (N, M); its gradient at distance 0 is 0
     "Euclidean distances between all rows."
-    a,b = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (a, b))
-    return torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
+    return torch.cdist(_full(a), _full(b), compute_mode='donot_use_mm_for_euclid_dist')
 
 def _check_rows(**rows):
     shapes = {k: tuple(v.shape) for k,v in rows.items()}
-    if len({s for s in shapes.values()}) > 1 or any(len(s) != 2 for s in shapes.values()):
+    differ = len(set(shapes.values())) > 1
+    are_flat = all(len(s) == 2 for s in shapes.values())
+    if differ or not are_flat:
+        listed = ', '.join(f'{k} {s}' for k,s in shapes.items())
         raise OpenTransError(
-            f"The embeddings must all be (N, D), a row for each region, not "
-            f"{', '.join(f'{k} {s}' for k,s in shapes.items())}.")
-    if not len(next(iter(rows.values()))): raise OpenTransError("There are no regions to distill from: N is 0.")
+            f"The embeddings must all be (N, D), a row for each region, not {listed}.")
+    first = next(iter(rows.values()))
+    if not len(first): raise OpenTransError("There are no regions to distill from: N is 0.")
 
 def tgkd_loss(
     v:torch.Tensor, # (N, D) student's embeddings of the regions
@@ -37,7 +44,8 @@ def tgkd_loss(
 )->torch.Tensor: # A number
     "Text-guided knowledge distillation (supplement, Eq. 3)."
     _check_rows(v=v, r=r, t=t)
-    return (distances(v, r) - distances(t, t)).abs().sum()/len(v)
+    apart = distances(v, r) - distances(t, t)
+    return apart.abs().sum()/len(v)
 
 def vgkd_loss(
     v:torch.Tensor, # (N, D) student's embeddings of the regions
@@ -45,7 +53,8 @@ def vgkd_loss(
 )->torch.Tensor: # A number
     "Vision-guided knowledge distillation (supplement, Eq. 4)."
     _check_rows(v=v, r=r)
-    return (distances(v, r) - distances(v, v)).abs().sum()/len(v)
+    apart = distances(v, r) - distances(v, v)
+    return apart.abs().sum()/len(v)
 
 def released_terms(
     v:torch.Tensor, # (N, D) unit length: student's embeddings of an image's regions
@@ -58,7 +67,10 @@ def released_terms(
     cosines for all pairs."""
     _check_rows(v=v, r=r, t=t)
     t = t*scale
-    return torch.cat([((t @ t.T) - (v @ r.T)).square().flatten(), (v-r).square().sum(1)])
+    apart = (t @ t.T) - (v @ r.T)
+    pairs = apart.square().flatten()
+    alone = (v-r).square().sum(1)
+    return torch.cat([pairs, alone])
 
 def released_loss(v:torch.Tensor, r:torch.Tensor, t:torch.Tensor):
     """The released code's distillation loss of one image; the paper's are `tgkd_loss` and `vgkd_loss`.
@@ -73,17 +85,26 @@ def grounding_loss(
 )->torch.Tensor: # A number; 0 if fewer than two images have words and regions
     """Which caption belongs to which image? The grounding loss of the released code (`GroundingHead` in
     utils/loss.py, with its settings `clip_cosine`, `softmax`, `aligned_local` and `cross_entropy`)."""
-    pairs = [(F.normalize(w, dim=-1), F.normalize(v, dim=-1)) for w,v in zip(words, regions) if len(w) and len(v)]
-    if len(pairs) < 2: return sum(v.sum() for v in regions)*0
-    by_words,by_regions = [],[]
-    for w,_ in pairs:
-        for _,v in pairs:
+    there = [(w, v) for w,v in zip(words, regions) if len(w) and len(v)]
+    n = len(there)
+    if n < 2: return sum(v.sum() for v in regions)*0
+    captions = [F.normalize(w, dim=-1) for w,_ in there]
+    images = [F.normalize(v, dim=-1) for _,v in there]
+    by_words = []
+    by_regions = []
+    for w in captions:
+        for v in images:
             near = scale*(w @ v.T)
             far = scale - near
-            by_words.append((near.softmax(1)*far).sum()/len(w))
-            by_regions.append((near.softmax(0)*far).sum()/len(v))
-    costs = [torch.stack(d).view(len(pairs), len(pairs)) for d in (by_words, by_regions)]
-    return -sum((-c).log_softmax(d).diag().mean() for c in costs for d in (0, 1))/4
+            to_words = near.softmax(1)*far
+            to_regions = near.softmax(0)*far
+            by_words.append(to_words.sum()/len(w))
+            by_regions.append(to_regions.sum()/len(v))
+    costs = [torch.stack(d).view(n, n) for d in (by_words, by_regions)]
+    def agreement(cost, dim):
+        likely = (-cost).log_softmax(dim)
+        return likely.diag().mean()
+    return -sum(agreement(cost, dim) for cost in costs for dim in (0, 1))/4
 
 def teach_regions(
     framework:nn.Module, # Holds a `backbone`, and a list `_teacher` that is empty at first
@@ -93,7 +114,9 @@ def teach_regions(
 )->list: # For each image (N,D), unit length
     "Embeddings of regions by the dense CLIP from which a framework's backbone was made."
     if not framework._teacher:
-        framework._teacher.append(framework.backbone.fresh_copy().requires_grad_(False).eval())
-    with torch.no_grad():
-        r = framework._teacher[0].to(device_of(framework)).region_embeddings(images, regions, mode=mode)
-    return list(r.split([len(m) for m in regions]))
+        teacher = framework.backbone.fresh_copy().requires_grad_(False)
+        framework._teacher.append(teacher.eval())
+    teacher = framework._teacher[0].to(device_of(framework))
+    with torch.no_grad(): r = teacher.region_embeddings(images, regions, mode=mode)
+    counts = [len(m) for m in regions]
+    return list(r.split(counts))

@@ -18,8 +18,15 @@ from ..processes import Processes
 # %% ../../nbs/clip/23d_teacher.ipynb #23c00004
 def _is_table(tensor, dtype, width):
     "Is it a table of a type with so many columns?"
-    return (isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.ndim == 2
-            and tensor.shape[1] == width)
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype: return False
+    return tensor.ndim == 2 and tensor.shape[1] == width
+
+def _are_numbers(keys, images):
+    "Are these numbers of images, of so many, and of regions?"
+    of_image = keys[:,0]
+    of_region = keys[:,1]
+    if bool((keys < 0).any()) or bool((of_image >= images).any()): return False
+    return not bool((of_region >= _WIDEST).any())
 
 TEACHER_FILE = FileKind('opentrans-teacher', 'teacher embeddings', 'DistillTrainer', oldest=2)
 _PENDING = 64*2**20 # Bytes of embeddings that wait in memory for their file
@@ -57,13 +64,15 @@ class TeacherStore:
         "How many files there are. Raises `OpenTransError` if one is damaged, of another run or missing."
         i = 0
         while (found := self.file(i).load()) is not None:
-            keys,rows = found[0].get('keys'),found[0].get('embeddings')
-            fits = (len(found[0]) == 2 and _is_table(keys, torch.int64, 2) and _is_table(rows, torch.float32, width)
-                    and len(keys) == len(rows))
-            if (not fits or bool((keys < 0).any()) or bool((keys[:,0] >= images).any())
-                or bool((keys[:,1] >= _WIDEST).any())):
-                raise TEACHER_FILE.damaged(self.file(i).path, 'its rows are not of these images')
-            check_finite(dict(embeddings=rows), f"'{self.file(i).path}'", 'Begin the run again in another folder.')
+            path = self.file(i).path
+            tensors,*_ = found
+            keys = tensors.get('keys')
+            rows = tensors.get('embeddings')
+            are_tables = _is_table(keys, torch.int64, 2) and _is_table(rows, torch.float32, width)
+            fits = len(tensors) == 2 and are_tables and len(keys) == len(rows)
+            if not fits or not _are_numbers(keys, images):
+                raise TEACHER_FILE.damaged(path, 'its rows are not of these images')
+            check_finite(dict(embeddings=rows), f"'{path}'", 'Begin the run again in another folder.')
             i += 1
         if i < least:
             raise DamagedFile(
@@ -81,19 +90,25 @@ class TeacherStore:
         keys = part.get_tensor('keys').numpy()
         first = len(self.keys)
         self.starts.append(first)
-        self.parts.append(part.get_slice('embeddings'))
-        self.bytes += len(keys)*part.get_slice('embeddings').get_shape()[1]*4
-        joined = np.concatenate([self.keys, keys[:,0]*_WIDEST+keys[:,1]])
+        embeddings = part.get_slice('embeddings')
+        self.parts.append(embeddings)
+        width = embeddings.get_shape()[1]
+        self.bytes += len(keys)*width*4
+        numbers = keys[:,0]*_WIDEST+keys[:,1]
+        joined = np.concatenate([self.keys, numbers])
         rows = np.concatenate([self.rows, first+np.arange(len(keys))])
         order = np.argsort(joined, kind='stable')
-        self.keys,self.rows = joined[order],rows[order]
+        self.keys = joined[order]
+        self.rows = rows[order]
 
     def add(self,
         keys:list, # (number of the image, number of the region) of each row
         rows:list, # Embeddings (D)
     ):
         "Write a new file with rows. Raises `OpenTransError` if it cannot be written."
-        i,tensors = len(self.starts),dict(keys=torch.tensor(keys, dtype=torch.int64), embeddings=torch.stack(rows))
+        i = len(self.starts)
+        names = torch.tensor(keys, dtype=torch.int64)
+        tensors = dict(keys=names, embeddings=torch.stack(rows))
         self.team.together(lambda: self.file(i).save(tensors) if self.team.main else None)
         self.team.together(lambda: self.take(i))
 
@@ -101,11 +116,13 @@ class TeacherStore:
         "Where the row of a region lies, or None."
         number = key[0]*_WIDEST+key[1]
         at = int(np.searchsorted(self.keys, number))
-        return int(self.rows[at]) if at < len(self.keys) and self.keys[at] == number else None
+        is_there = at < len(self.keys) and self.keys[at] == number
+        return int(self.rows[at]) if is_there else None
 
     def __contains__(self, key:tuple)->bool: return self.find(key) is not None
 
     def __getitem__(self, key:tuple)->torch.Tensor: # (D)
         row = self.find(key)
         part = bisect.bisect_right(self.starts, row)-1
-        return self.parts[part][row-self.starts[part]:row-self.starts[part]+1][0]
+        inside = row-self.starts[part]
+        return self.parts[part][inside:inside+1][0]

@@ -61,8 +61,10 @@ def find_backbone(
 )->ClipBackbone:
     "The CLIP backbone in a model. Raises `OpenTransError` if there is none."
     model = unwrap(model)
-    while not isinstance(model, ClipBackbone) and isinstance(getattr(model, 'backbone', None), nn.Module):
-        model = unwrap(model.backbone)
+    while not isinstance(model, ClipBackbone):
+        inner = getattr(model, 'backbone', None)
+        if not isinstance(inner, nn.Module): break
+        model = unwrap(inner)
     if not isinstance(model, ClipBackbone):
         raise OpenTransError(
             f"{type(model).__name__} holds no ClipBackbone; make one with ClipBackbone.create(...).")
@@ -91,8 +93,10 @@ def precision_of(
 )->str|None: # `'bf16'`, or None
     "The precision of a trainer that knows bfloat16 alone. Raises `OpenTransError`."
     if amp is not None and not isinstance(amp, bool):
-        raise OpenTransError(f"amp={shorten(repr(amp))}: it must be True or False; precision='bf16' is its new name.")
-    precision = none_if_off(precision, 'no') or ('bf16' if amp else None)
+        given = shorten(repr(amp))
+        raise OpenTransError(f"amp={given}: it must be True or False; precision='bf16' is its new name.")
+    precision = none_if_off(precision, 'no')
+    if not precision: precision = 'bf16' if amp else None
     if precision not in (None, 'bf16'): raise unknown('precision', precision, [None, 'bf16'])
     return precision
 
@@ -100,7 +104,8 @@ def _class_number(given, names):
     "The number of a class, given by its name or its number. Raises `OpenTransError` for one that is not there."
     if isinstance(given, str) and given in names: return names.index(given)
     if isinstance(given, str): raise unknown('class', given, names)
-    return int(check_number('a number in classes', given, 0, len(names)-1, whole=True))
+    last = len(names)-1
+    return int(check_number('a number in classes', given, 0, last, whole=True))
 
 # %% ../../nbs/clip/23a_teaching.ipynb #7ae7601b
 @dataclass(eq=False, repr=False)
@@ -150,38 +155,56 @@ class _TrainerSettings:
         self.precision = precision_of(self.precision, amp)
         self._check()
         self.clip = find_backbone(self.clip)
-        if self.teacher is None: self.teacher = self.clip.fresh_copy().requires_grad_(False)
-        self.teacher = find_backbone(self.teacher).eval()
-        if self.teacher.embed_dim != self.clip.embed_dim:
-            raise OpenTransError(
-                f"The teacher embeds in {self.teacher.embed_dim} dimensions, the student in {self.clip.embed_dim}: "
-                f"distances need the same. " "Choose another teacher.")
-        check_finite(dict(self.teacher.named_parameters()), 'the teacher', 'Give one whose weights are numbers.')
+        self.teacher = self._found_teacher()
         names = self._names()
-        self._keep = (None if self.classes is None
-                      else torch.tensor([_class_number(c, names) for c in self.classes], dtype=torch.long))
+        self._keep = None
+        if self.classes is not None:
+            numbers = [_class_number(given, names) for given in self.classes]
+            self._keep = torch.tensor(numbers, dtype=torch.long)
         self._cache = {}
         self._cached = 0
         self._store = None
         self._stored = 0
         self.log: list[dict[str, float]] = []
         self.team: Processes = Processes(self.device)
-        hidden = ('clip', 'data', 'teacher', 'device', 'workers', 'seed', 'disk_mb')
-        shown = [field for field in fields(self) if field.name not in hidden]
-        told = {field.name: getattr(self, field.name) for field in shown
-                if not (field.name in _LATER and getattr(self, field.name) == field.default)}
-        told['amp'] = told.pop('precision') is not None # as files hold it since 0.1
         # what imp saves with a mask
-        self.settings: dict[str, Any] = {name: _plain_setting(value) for name,value in told.items()}
-        self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data),
-                             order=self.seed, names=digest_of(names)[:16],
-                             teacher=checksum(self.teacher.state_dict(), {})[7:23]) # behind 'sha256:'
+        self.settings: dict[str, Any] = {name: _plain_setting(value) for name,value in self._told().items()}
+        data = getattr(self.data, 'name', type(self.data).__name__)
+        self.settings.update(data=data, images=len(self.data), order=self.seed, names=digest_of(names)[:16])
+        weights = checksum(self.teacher.state_dict(), {})
+        self.settings['teacher'] = weights[7:23] # behind 'sha256:'
+
+    def _found_teacher(self):
+        "The teacher, in eval mode. Raises `OpenTransError` for one of other embeddings, or of weights that are none."
+        teacher = self.teacher
+        if teacher is None: teacher = self.clip.fresh_copy().requires_grad_(False)
+        teacher = find_backbone(teacher).eval()
+        if teacher.embed_dim != self.clip.embed_dim:
+            raise OpenTransError(
+                f"The teacher embeds in {teacher.embed_dim} dimensions, the student in {self.clip.embed_dim}: "
+                f"distances need the same. Choose another teacher.")
+        weights = dict(teacher.named_parameters())
+        check_finite(weights, 'the teacher', 'Give one whose weights are numbers.')
+        return teacher
+
+    def _told(self):
+        "The settings that a file tells, by name."
+        hidden = ('clip', 'data', 'teacher', 'device', 'workers', 'seed', 'disk_mb')
+        told = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_usual = field.name in _LATER and value == field.default
+            if field.name not in hidden and not is_usual: told[field.name] = value
+        told['amp'] = told.pop('precision') is not None # as files hold it since 0.1
+        return told
 
 # %% ../../nbs/clip/23a_teaching.ipynb #77ddd972
 class _TrainerChecks(_TrainerSettings):
     "Settings that make no sense are refused."
     def _names(self):
-        return [str(n) for n in getattr(self.data.vocabulary, 'names', self.data.vocabulary)]
+        vocabulary = self.data.vocabulary
+        names = getattr(vocabulary, 'names', vocabulary)
+        return [str(name) for name in names]
 
     def _check(self):
         "Raises `OpenTransError` for settings that make no sense, before anything is computed."
@@ -190,29 +213,36 @@ class _TrainerChecks(_TrainerSettings):
                 f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the "
                 f"names.")
         if not len(self.data): raise OpenTransError("The data set is empty: there is nothing to distill on.")
-        modes = ['attention', 'crop', 'tight']
-        for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)),
-                                   ('optimizer', self.optimizer, ['adamw', 'sgd']),
-                                   ('batch_norm', self.batch_norm, ['train', 'frozen']),
-                                   ('pairs', self.pairs, ['batch', 'image']),
-                                   ('student_mode', self.student_mode, modes),
-                                   ('teacher_mode', self.teacher_mode, modes)):
-            named = kind in ('distillation loss', 'optimizer')
-            if not (named and callable(given)) and given not in allowed: raise unknown(kind, given, allowed)
+        self._check_words()
         self._check_numbers()
         for name in ('freeze', 'classes', 'terms'):
             given = getattr(self, name)
             if given is not None and not isinstance(given, (list, tuple)):
                 raise OpenTransError(f"{name}={shorten(repr(given))}: give a list of names.")
         if not isinstance(self.decay_norms, bool):
-            raise OpenTransError(f"decay_norms={shorten(repr(self.decay_norms))}: it must be True or False.")
+            given = shorten(repr(self.decay_norms))
+            raise OpenTransError(f"decay_norms={given}: it must be True or False.")
+
+    def _check_words(self):
+        modes = ['attention', 'crop', 'tight']
+        known = dict(batch_norm=['train', 'frozen'], pairs=['batch', 'image'], student_mode=modes, teacher_mode=modes)
+        # these two may be functions
+        if not callable(self.loss) and self.loss not in list(LOSSES):
+            raise unknown('distillation loss', self.loss, list(LOSSES))
+        optimizers = ['adamw', 'sgd']
+        if not callable(self.optimizer) and self.optimizer not in optimizers:
+            raise unknown('optimizer', self.optimizer, optimizers)
+        for name,allowed in known.items():
+            given = getattr(self, name)
+            if given not in allowed: raise unknown(name, given, allowed)
 
     def _check_numbers(self):
         self.crop: int|None = none_if_off(self.crop, 0)
         self.clip_grad: float|None = none_if_off(self.clip_grad, 0)
         for name,(least,most,whole) in _RANGES.items():
-            if getattr(self, name) is None and name in _MAY_BE_NONE: continue
-            check_number(name, getattr(self, name), least, most, whole)
+            given = getattr(self, name)
+            if given is None and name in _MAY_BE_NONE: continue
+            check_number(name, given, least, most, whole)
         if self.seed is not None: check_number('seed', self.seed, 0, whole=True)
         if not self.distillation + self.segmentation > 0:
             raise OpenTransError(
@@ -223,8 +253,12 @@ class _TrainerChecks(_TrainerSettings):
 def _drop_nouns(nouns, most=5, share=.25):
     """The nouns of a caption without a quarter, drawn each time, and at most five, as in the released code's data
     mappers."""
-    kept = [noun for noun,draw in zip(nouns, torch.rand(len(nouns)).tolist()) if draw > share] or list(nouns)
-    return [kept[i] for i in torch.randperm(len(kept))[:most].tolist()] if len(kept) > most else kept
+    draws = torch.rand(len(nouns)).tolist()
+    kept = [noun for noun,draw in zip(nouns, draws) if draw > share]
+    kept = kept or list(nouns)
+    if len(kept) <= most: return kept
+    order = torch.randperm(len(kept))
+    return [kept[i] for i in order[:most].tolist()]
 
 # %% ../../nbs/clip/23a_teaching.ipynb #95a71eef
 class _View(NamedTuple):
@@ -235,27 +269,47 @@ class _View(NamedTuple):
     classes: torch.Tensor # (R,)
     usable: torch.Tensor # Numbers of the regions that may be used
 
+def _told_rows(views, chosen):
+    "Of each chosen region a row: number of the sample, number of the region, class."
+    rows = []
+    for view,numbers in zip(views, chosen):
+        for number in numbers:
+            kind = int(view.classes[number])
+            rows.append([view.number, int(number), kind])
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+
+def _keys(rows):
+    "The keys of regions: (number of the sample, number of the region)."
+    return [tuple(row) for row in rows[:,:2].tolist()]
+
 class _TrainerBatches(_TrainerChecks):
     "What a batch is made of."
     def _window(self, sample, generator):
         "A sample, or a random square window of it."
         if not self.crop: return sample
-        rows,columns = random_window(sample['image'].shape[-2:], self.crop, generator)
-        return {k: v[...,rows,columns] if k in ('image', 'labels', 'regions') else v for k,v in sample.items()}
+        size = sample['image'].shape[-2:]
+        rows,columns = random_window(size, self.crop, generator)
+        res = dict(sample)
+        for name in ('image', 'labels', 'regions'):
+            if name in res: res[name] = res[name][...,rows,columns]
+        return res
 
     def _view(self, i, sample):
         "One sample, with the regions that are large enough and of the classes asked for."
         image = sample['image']
         regions = sample['regions'].bool()
         classes = sample['region_classes']
-        keep = regions.flatten(1).sum(1) >= self.min_pixels
+        pixels = regions.flatten(1).sum(1)
+        keep = pixels >= self.min_pixels
         if self._keep is not None: keep &= torch.isin(classes, self._keep)
-        return _View(i, image, regions, classes, keep.nonzero().flatten())
+        usable = keep.nonzero().flatten()
+        return _View(i, image, regions, classes, usable)
 
     def _windows(self, samples, generator, rank, n):
         "Windows of this process's samples. What the generator draws for those of the others is passed over."
         def skip(samples): # a window takes two draws
-            for _ in range(2*samples if self.crop else 0): torch.randint(1, (), generator=generator)
+            draws = 2*samples if self.crop else 0
+            for _ in range(draws): torch.randint(1, (), generator=generator)
         skip(rank*len(samples))
         res = [(i, self._window(s, generator)) for i,s in samples]
         skip((n-1-rank)*len(samples))
@@ -266,8 +320,11 @@ class _TrainerBatches(_TrainerChecks):
         counts = [len(view.usable) for view in views]
         largest = [max(view.image.shape[axis] for view in views) for axis in (1, 2)]
         told = torch.tensor([[*counts, *largest]])
-        if team and team.n > 1: told = team.all_rows(told.to(team.device), [1]*team.n).cpu()
-        return told[:,:-2].flatten(),told[:,-2:].amax(0).tolist()
+        if team and team.n > 1:
+            parts = [1]*team.n
+            told = team.all_rows(told.to(team.device), parts).cpu()
+        sides = told[:,-2:].amax(0)
+        return told[:,:-2].flatten(),sides.tolist()
 
     def _batch(self, samples, generator, team=None):
         """The part of a batch that is this process's, with at most `max_regions` regions in all parts; None if
@@ -279,37 +336,55 @@ class _TrainerBatches(_TrainerChecks):
         counts,(height,width) = self._told_sizes(views, team)
         owner = torch.arange(len(counts)).repeat_interleave(counts) # the image of each region
         if not len(owner): return None
-        pick = torch.randperm(len(owner), generator=generator)[:self.max_regions].sort().values
+        drawn = torch.randperm(len(owner), generator=generator)
+        pick = drawn[:self.max_regions].sort().values
         owner = owner[pick]
         process = owner // len(views)
         own = process == rank
         first = rank*len(views) # this process's first image
-        number = torch.cat([view.usable for view in views])[pick[own]-counts[:first].sum()]
-        chosen = [number[owner[own] == image] for image in range(first, first+len(views))]
-        rows = torch.tensor([[view.number, int(k), int(view.classes[k])]
-                             for view,numbers in zip(views, chosen) for k in numbers],
-                            dtype=torch.int64).reshape(-1, 3)
+        chosen = self._chosen(views, owner[own]-first, pick[own]-counts[:first].sum())
+        rows = _told_rows(views, chosen)
         parts = torch.bincount(process, minlength=n).tolist()
         every = rows if n == 1 else team.all_rows(rows.to(team.device), parts).cpu()
-        def pad(t): return F.pad(t, (0, width-t.shape[-1], 0, height-t.shape[-2]))
-        return dict(images=torch.stack([pad(view.image) for view in views]),
-                    regions=[pad(view.regions[numbers]) for view,numbers in zip(views, chosen)],
-                    owner=owner, classes=every[:,2], parts=parts,
-                    keys=[tuple(row) for row in rows[:,:2].tolist()],
-                    every=[tuple(row) for row in every[:,:2].tolist()],
-                    whole=self._whole(samples) if self.segmentation else None)
+        def pad(t):
+            below = height-t.shape[-2]
+            right = width-t.shape[-1]
+            return F.pad(t, (0, right, 0, below))
+        images = torch.stack([pad(view.image) for view in views])
+        regions = [pad(view.regions[numbers]) for view,numbers in zip(views, chosen)]
+        whole = self._whole(samples) if self.segmentation else None
+        return dict(images=images, regions=regions, owner=owner, classes=every[:,2], parts=parts, keys=_keys(rows),
+                    every=_keys(every), whole=whole)
+
+    def _chosen(self, views, image, place):
+        "For each image the numbers of its chosen regions, from the image and the place of each among all usable ones."
+        usable = torch.cat([view.usable for view in views])
+        number = usable[place]
+        return [number[image == i] for i in range(len(views))]
 
     def _whole(self, samples):
         "The samples as a framework's loss reads them, with nouns of captions if they have any."
         samples = [sample for _,sample in samples]
         batch = collate(samples)
-        if not all('nouns' in sample for sample in samples): return batch
-        return dict(batch, nouns=[_drop_nouns(sample['nouns']) for sample in samples])
+        told = all('nouns' in sample for sample in samples)
+        if not told: return batch
+        nouns = [_drop_nouns(sample['nouns']) for sample in samples]
+        return dict(batch, nouns=nouns)
 
 # %% ../../nbs/clip/23a_teaching.ipynb #796c2d7c
+def _is_memory(state, width):
+    "Has a dictionary the tables of `state_dict`, with embeddings of this width?"
+    keys,rows,log,files = (state.get(name) for name in ('keys', 'embeddings', 'log', 'files'))
+    are_rows = _is_table(keys, torch.int64, 2) and _is_table(rows, torch.float32, width)
+    are_numbers = _is_table(log, torch.float64, 3) and _is_table(files, torch.int64, 1)
+    if len(state) != 4 or not are_rows or not are_numbers: return False
+    return len(keys) == len(rows) and len(files) == 1 and int(files) >= 0
+
 class _TrainerTeaching(_TrainerBatches):
     "Embeddings of the teacher, computed once."
-    def _knows(self, key): return key in self._cache or (self._store is not None and key in self._store)
+    def _knows(self, key):
+        if key in self._cache: return True
+        return self._store is not None and key in self._store
 
     def _recall(self, key): return self._cache[key] if key in self._cache else self._store[key]
 
@@ -322,23 +397,33 @@ class _TrainerTeaching(_TrainerBatches):
             asked = []
             first = 0
             for regions in batch['regions']: # those of an image: numbers `first` and on among the keys
-                asked.append(regions[[k-first for k in new if first <= k < first+len(regions)]].to(device))
-                first += len(regions)
+                end = first+len(regions)
+                numbers = [k-first for k in new if first <= k < end]
+                asked.append(regions[numbers].to(device))
+                first = end
             teacher = self.teacher.to(device)
             with torch.no_grad():
                 embeddings = teacher.region_embeddings(batch['images'].to(device), asked, mode=self.teacher_mode)
-            found = {batch['keys'][k]: row for k,row in zip(new, embeddings.float())}
-        rows = [(found[k] if k in found else self._recall(k)).to(device) for k in batch['keys']]
+            names = [batch['keys'][k] for k in new]
+            found = dict(zip(names, embeddings.float()))
+        rows = []
+        for key in batch['keys']:
+            row = found[key] if key in found else self._recall(key)
+            rows.append(row.to(device))
         return torch.stack(rows) if rows else torch.zeros(0, self.teacher.embed_dim, device=device)
 
     def _keep_rows(self, keys, rows):
         "Keep the teacher's embeddings of a batch, of all processes, while there is room."
         new = [k for k,key in enumerate(keys) if not self._knows(key)]
         size = len(new)*rows.shape[1]*4
-        if self._store is None: kept,room = self._cached,self.cache_mb
-        else: kept,room = self._cached+self._store.bytes,self.disk_mb
+        kept = self._cached
+        room = self.cache_mb
+        if self._store is not None:
+            kept += self._store.bytes
+            room = self.disk_mb
         if not new or self.crop or kept+size > room*2**20: return
-        self._cache.update({keys[k]: row for k,row in zip(new, rows[new].cpu())})
+        names = [keys[k] for k in new]
+        self._cache.update(zip(names, rows[new].cpu()))
         self._cached += size
         if self._store is not None and self._cached > _PENDING: self._flush()
 
@@ -346,36 +431,39 @@ class _TrainerTeaching(_TrainerBatches):
         """What the trainer remembers between rounds: the teacher's embeddings by image and region, as far as they
         are not in files of their own, how many such files there are, and the losses so far."""
         keys = torch.tensor(list(self._cache), dtype=torch.int64).reshape(-1, 2)
-        rows = torch.stack(list(self._cache.values())) if self._cache else torch.zeros(0, self.teacher.embed_dim)
-        log = torch.tensor([[row['round'], row['iteration'], row['loss']] for row in self.log], dtype=torch.float64)
+        kept = list(self._cache.values())
+        rows = torch.stack(kept) if kept else torch.zeros(0, self.teacher.embed_dim)
+        losses = [[row['round'], row['iteration'], row['loss']] for row in self.log]
+        log = torch.tensor(losses, dtype=torch.float64).reshape(-1, 3)
         files = self._stored if self._store is None else len(self._store.starts)
-        return dict(keys=keys, embeddings=rows, files=torch.tensor([[files]]), log=log.reshape(-1, 3))
+        return dict(keys=keys, embeddings=rows, files=torch.tensor([[files]]), log=log)
 
     def load_state_dict(self,
         state:dict[str, torch.Tensor], # What `state_dict` gave
     )->None:
         """Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing
         changed, if it is something else."""
-        keys,rows,log,files = (state.get(name) for name in ('keys', 'embeddings', 'log', 'files'))
-        shaped = (_is_table(keys, torch.int64, 2) and _is_table(rows, torch.float32, self.teacher.embed_dim)
-                  and _is_table(log, torch.float64, 3) and _is_table(files, torch.int64, 1))
-        if len(state) != 4 or not shaped or len(keys) != len(rows) or len(files) != 1 or int(files) < 0:
+        if not _is_memory(state, self.teacher.embed_dim):
             raise DamagedFile(
                 "What the trainer remembered has not the shape of its embeddings. Begin the run again in another "
                 "folder.")
+        keys,rows,log,files = (state[name] for name in ('keys', 'embeddings', 'log', 'files'))
         images = keys[:,0].tolist()
-        twice = len({tuple(key) for key in keys.tolist()}) < len(keys)
-        if twice or bool((keys < 0).any()) or max(images, default=0) >= len(self.data):
+        names = [tuple(key) for key in keys.tolist()]
+        twice = len(set(names)) < len(names)
+        is_negative = bool((keys < 0).any())
+        if twice or is_negative or max(images, default=0) >= len(self.data):
             raise DamagedFile(
                 f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in "
                 f"another folder.")
         check_finite(dict(embeddings=rows, log=log), 'what the trainer remembered',
                      'Begin the run again in another folder.')
-        self._cache = dict(zip(map(tuple, keys.tolist()), rows.clone().unbind()))
+        self._cache = dict(zip(names, rows.clone().unbind()))
         self._cached = rows.nbytes
         self._stored = int(files)
-        rows = log.tolist()
-        self.log: list[dict[str, float]] = [dict(round=int(r), iteration=int(i), loss=loss) for r,i,loss in rows]
+        self.log: list[dict[str, float]] = []
+        for round,iteration,loss in log.tolist():
+            self.log.append(dict(round=int(round), iteration=int(iteration), loss=loss))
 
 # %% ../../nbs/clip/23a_teaching.ipynb #5c410a1d
 class _TrainerStore(_TrainerTeaching):
@@ -383,17 +471,18 @@ class _TrainerStore(_TrainerTeaching):
     def _open_store(self, within):
         """Teacher embeddings go to the folder of a run, or stay in memory. Raises `OpenTransError` if its files are
         not those of the run."""
-        folder = None if within is None or self.crop or not self.cache_mb else within.folder
+        is_kept = within is not None and not self.crop and self.cache_mb
+        folder = within.folder if is_kept else None
         if self._store is not None and self._store.folder == folder: return
         self._store = None
         if folder is None or not (self.disk_mb or self._stored): return
         store = TeacherStore(folder, within.settings, self.team)
         def begin():
             if not self.team.main: return 0
-            return (store.clear() if within.fresh
-                    else store.check(self._stored, len(self.data), self.teacher.embed_dim))
-        for i in range(self.team.first(self.team.together(begin))):
-            self.team.together(functools.partial(store.take, i))
+            if within.fresh: return store.clear()
+            return store.check(self._stored, len(self.data), self.teacher.embed_dim)
+        own = self.team.together(begin)
+        for i in range(self.team.first(own)): self.team.together(functools.partial(store.take, i))
         self._cache = {key: row for key,row in self._cache.items() if key not in store}
         self._cached = len(self._cache)*self.teacher.embed_dim*4
         self._store = store
@@ -401,7 +490,8 @@ class _TrainerStore(_TrainerTeaching):
     def _flush(self):
         "Write the embeddings that wait in memory to a file of their own."
         if self._store is None or not self._cache: return
-        self._store.add(list(self._cache), list(self._cache.values()))
+        rows = list(self._cache.values())
+        self._store.add(list(self._cache), rows)
         self._cache = {}
         self._cached = 0
 
@@ -414,24 +504,34 @@ class _TrainerLoss(_TrainerStore):
         loss = LOSSES.get(self.loss, self.loss) if isinstance(self.loss, str) else self.loss
         r = self._teach(batch, device)
         t = text[batch['classes'].to(device)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision is not None):
-            v = backbone.region_embeddings(batch['images'].to(device), [m.to(device) for m in batch['regions']],
-                                           mode=self.student_mode)
-        if team and team.n > 1: v,r = (team.all_rows(rows, batch['parts']) for rows in (v.float(), r))
+        v = self._student(backbone, batch, device)
+        if team and team.n > 1:
+            parts = batch['parts']
+            v = team.all_rows(v.float(), parts)
+            r = team.all_rows(r, parts)
         self._keep_rows(batch['every'], r)
         if self.pairs == 'batch': return loss(v, r, t)
         owner = batch['owner'].to(device)
         of_images = [owner == image for image in owner.unique()]
-        return sum(loss(v[part], r[part], t[part])*part.sum() for part in of_images)/len(owner)
+        total = sum(loss(v[part], r[part], t[part])*part.sum() for part in of_images)
+        return total/len(owner)
+
+    def _student(self, backbone, batch, device):
+        "The student's embeddings (N, D) of this process's regions, with their graph."
+        images = batch['images'].to(device)
+        regions = [m.to(device) for m in batch['regions']]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision is not None):
+            return backbone.region_embeddings(images, regions, mode=self.student_mode)
 
     def _own_loss(self, model, batch, device):
         """The loss of the framework itself, or some of its terms, on the same images. Raises `OpenTransError` for a
         term that it does not have."""
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision is not None):
             terms = model.loss(to_device(batch['whole'], device))
-        for name in self.terms or ():
+        wanted = terms if self.terms is None else self.terms
+        for name in wanted:
             if name not in terms: raise unknown(f'term of the loss of a {type(model).__name__}', name, terms)
-        return sum(term for name,term in terms.items() if self.terms is None or name in self.terms)
+        return sum(term for name,term in terms.items() if name in wanted)
 
 # %% ../../nbs/clip/23a_teaching.ipynb #af3d9ef6
 @contextlib.contextmanager
@@ -443,12 +543,14 @@ def _training(model, backbone, batch_norm, freeze):
     modules = dict(backbone.visual.named_modules())
     for name in freeze:
         if name not in modules:
-            raise unknown('module to freeze', name, [child for child,_ in backbone.visual.named_children()])
+            children = [child for child,_ in backbone.visual.named_children()]
+            raise unknown('module to freeze', name, children)
         modules[name].requires_grad_(False)
     model.train()
     for name in freeze: modules[name].eval()
-    norms = [module for module in backbone.modules() if isinstance(module, BATCH_NORMS)]
-    for norm in norms if batch_norm == 'frozen' else (): norm.eval()
+    if batch_norm == 'frozen':
+        for module in backbone.modules():
+            if isinstance(module, BATCH_NORMS): module.eval()
     try: yield [param for param in model.parameters() if param.requires_grad]
     finally:
         for module,was in modes: module.training = was
@@ -461,12 +563,14 @@ class _Stream:
     "Batches without end, in an order that the seed draws; of several processes each gets its part."
     def __init__(self, trainer, seed, team=None, done=0, empty=0):
         # two generators, since readers run ahead: one for the order of images, one for windows and regions
-        order = torch.Generator().manual_seed(seed % 2**63)
-        self.draws = torch.Generator().manual_seed((seed+1) % 2**63)
+        most = 2**63
+        order = torch.Generator().manual_seed(seed % most)
+        self.draws = torch.Generator().manual_seed((seed+1) % most)
         self.trainer = trainer
         self.team = team
         self.empty = empty
-        batches = _Endless(len(trainer.data), trainer.batch_size, order, done+empty)
+        passed = done+empty
+        batches = _Endless(len(trainer.data), trainer.batch_size, order, passed)
         self.samples = sample_batches(_Numbered(trainer.data), batches, trainer.workers, team)
 
     def __next__(self): # Raises `OpenTransError` if there is no region
@@ -474,7 +578,8 @@ class _Stream:
             batch = self.trainer._batch(next(self.samples), self.draws, self.team)
             if batch is not None: return batch
             self.empty += 1
-            if self.empty*self.trainer.batch_size > 2*len(self.trainer.data): raise self.trainer._no_region()
+            seen = self.empty*self.trainer.batch_size
+            if seen > 2*len(self.trainer.data): raise self.trainer._no_region()
 
 # %% ../../nbs/clip/23a_teaching.ipynb #8a740ee6
 class _TrainerLosses(_TrainerLoss):
@@ -495,6 +600,7 @@ class _TrainerLosses(_TrainerLoss):
         check_number('seed', seed, 0, whole=True)
         backbone = find_backbone(model)
         device = device_of(backbone)
-        text = self.clip.text(class_prompts(self.data.vocabulary), device)
+        prompts = class_prompts(self.data.vocabulary)
+        text = self.clip.text(prompts, device)
         stream = _Stream(self, seed)
         for _ in range(n): yield self._loss(backbone, next(stream), text, device)

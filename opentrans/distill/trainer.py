@@ -32,7 +32,7 @@ if TYPE_CHECKING: # for types alone
 _COLD = (
     "DistillTrainer begins in round {round} without what it remembered of earlier rounds: the mask may differ in a "
     "few places from that of a run without a break. Give imp the trainer itself, or a function with its "
-                                     "state_dict and load_state_dict.")
+    "state_dict and load_state_dict.")
 
 _EACH = (
     "No launcher tells of the {n} processes of this group, so that each trains on whole batches of its own, and "
@@ -41,8 +41,11 @@ _EACH = (
 def _moved(model):
     "What training moves: the parameters that learn, and the statistics of batch norms."
     learned = {n: p for n,p in model.named_parameters() if p.requires_grad}
-    norms = {n: m for n,m in model.named_modules() if isinstance(m, BATCH_NORMS)}
-    return learned | {f'{n}.{k}': b for n,m in norms.items() for k,b in m.named_buffers(recurse=False)}
+    statistics = {}
+    for name,module in model.named_modules():
+        if not isinstance(module, BATCH_NORMS): continue
+        for key,b in module.named_buffers(recurse=False): statistics[f'{name}.{key}'] = b
+    return learned | statistics
 
 class _Task(nn.Module):
     "A model and the loss that is asked of it, as `Processes.wrap` and `train_step` take them."
@@ -61,10 +64,15 @@ class _TrainerSteps(_TrainerLosses):
         tower = {id(p) for p in backbone.parameters()}
         plain = set() if self.decay_norms else undecayed_params(whole)
         groups = {}
-        for p in params: groups.setdefault((id(p) in tower, id(p) in plain), []).append(p)
-        return [dict(params=ps, lr=self.lr*(self.backbone_lr if inside else 1),
-                     weight_decay=0. if undecayed else self.weight_decay)
-                for (inside,undecayed),ps in groups.items()]
+        for p in params:
+            kind = id(p) in tower,id(p) in plain
+            groups.setdefault(kind, []).append(p)
+        res = []
+        for (inside,undecayed),alike in groups.items():
+            rate = self.lr*(self.backbone_lr if inside else 1)
+            decay = 0. if undecayed else self.weight_decay
+            res.append(dict(params=alike, lr=rate, weight_decay=decay))
+        return res
 
     def _optimizer(self, params):
         if callable(self.optimizer): return self.optimizer(params)
@@ -75,7 +83,8 @@ class _TrainerSteps(_TrainerLosses):
     def _whole_loss(self, whole, backbone, text, device, team, batch):
         """The weighted sum of the losses of one batch. Raises `OpenTransError` if a loss of one's own gives
         something else than a number."""
-        loss = self.distillation*self._loss(backbone, batch, text, device, team) if self.distillation else 0.
+        loss = 0.
+        if self.distillation: loss = self.distillation*self._loss(backbone, batch, text, device, team)
         if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
         if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss.reshape(())
         raise OpenTransError(
@@ -86,10 +95,13 @@ def _generator_states(device):
     "The states of all random generators, as tensors."
     name,words,place,has_gauss,gauss = np.random.get_state()
     _,own,left = random.getstate()
-    states = dict(torch=torch.get_rng_state(), numpy=torch.tensor([*map(int, words), place, has_gauss]),
-                  gauss=torch.tensor([gauss, float('nan') if left is None else left], dtype=torch.float64),
-                  python=torch.tensor(own))
-    return states | (dict(cuda=torch.cuda.get_rng_state(device)) if device.type == 'cuda' else {})
+    numbers = [*map(int, words), place, has_gauss]
+    second = float('nan') if left is None else left
+    states = dict(torch=torch.get_rng_state(), numpy=torch.tensor(numbers))
+    states['gauss'] = torch.tensor([gauss, second], dtype=torch.float64)
+    states['python'] = torch.tensor(own)
+    if device.type == 'cuda': states['cuda'] = torch.cuda.get_rng_state(device)
+    return states
 
 def _own_state(state, like):
     """The state of a generator in memory of its own: torch reads it with the alignment of a whole tensor. Raises
@@ -101,11 +113,14 @@ def _own_state(state, like):
 def _set_generators(states, device):
     "Put the generators' states back. Raises `ValueError` if they are none."
     try:
-        words = states['numpy'].tolist()
+        *words,place,has_gauss = states['numpy'].tolist()
         gauss,left = states['gauss'].tolist()
-        np.random.set_state(('MT19937', np.array(words[:-2], dtype=np.uint32), words[-2], words[-1], gauss))
-        random.setstate((3, tuple(states['python'].tolist()), None if math.isnan(left) else left))
-        torch.set_rng_state(_own_state(states['torch'], torch.get_rng_state()))
+        np.random.set_state(('MT19937', np.array(words, dtype=np.uint32), place, has_gauss, gauss))
+        own = tuple(states['python'].tolist())
+        second = None if math.isnan(left) else left
+        random.setstate((3, own, second))
+        state = _own_state(states['torch'], torch.get_rng_state())
+        torch.set_rng_state(state)
         if 'cuda' in states and device.type == 'cuda': torch.cuda.set_rng_state(states['cuda'].clone(), device)
     except (KeyError, IndexError, RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(shorten(error)) from error
@@ -117,17 +132,25 @@ class _Place(TypedDict):
     seed: str
 
 # %% ../../nbs/clip/23_distill.ipynb #22d8ef38
+def _are_losses(losses, count):
+    "Are these so many losses, each a number?"
+    if losses is None or losses.dtype != torch.float64: return False
+    return losses.shape == (count,) and bool(losses.isfinite().all())
+
 class _TrainerResume(_TrainerSteps):
     "Checkpoints within a round."
     def _save_within(self, within, whole, opt, stream, losses, seed, device):
         "Leave a checkpoint within a round."
         self._flush()
         names = {p: n for n,p in whole.named_parameters()}
-        states = {f'generators.{k}': self.team.all_rows(t[None].to(self.team.device or 'cpu'), [1]*self.team.n)
-                  for k,t in _generator_states(device).items()}
-        memory = {f'memory.{k}': t for k,t in self.state_dict().items()}
-        tensors = dict(optimizer_tensors(opt, names), losses=torch.tensor(losses, dtype=torch.float64),
-                       windows=stream.draws.get_state(), **states, **memory)
+        tensors = dict(optimizer_tensors(opt, names))
+        tensors['losses'] = torch.tensor(losses, dtype=torch.float64)
+        tensors['windows'] = stream.draws.get_state()
+        parts = [1]*self.team.n
+        for name,t in _generator_states(device).items():
+            row = t[None].to(self.team.device or 'cpu')
+            tensors[f'generators.{name}'] = self.team.all_rows(row, parts)
+        for name,t in self.state_dict().items(): tensors[f'memory.{name}'] = t
         within.save(tensors, iteration=len(losses), empty=stream.empty, seed=str(seed))
 
     def _begin_within(self, within):
@@ -139,9 +162,8 @@ class _TrainerResume(_TrainerSteps):
         place = check_shape(values, _Place, f"the place in '{within.path}'")
         losses = tensors.get('losses')
         done = place['iteration']
-        shaped = (losses is not None and losses.dtype == torch.float64 and losses.shape == (done,)
-                  and bool(losses.isfinite().all()))
-        if not (0 < done < self.iterations and shaped):
+        is_inside = 0 < done < self.iterations
+        if not is_inside or not _are_losses(losses, done):
             raise within.damaged('its losses are not those of its iterations')
         if not 0 <= place['empty'] <= 2*len(self.data): raise within.damaged('its place in the data is none')
         return state,tensors,place
@@ -150,29 +172,39 @@ class _TrainerResume(_TrainerSteps):
         "Put back what a checkpoint within the round holds: gives the losses so far."
         state,tensors,place = found
         names = {p: n for n,p in whole.named_parameters()}
-        try: stream.draws.set_state(_own_state(tensors['windows'], stream.draws.get_state()))
+        try:
+            windows = _own_state(tensors['windows'], stream.draws.get_state())
+            stream.draws.set_state(windows)
         except (KeyError, RuntimeError, TypeError) as error:
             raise within.damaged(f'its generators have no state ({shorten(error)})') from error
         states = strip_prefix('generators.', tensors)
         if any(t.ndim != 2 or not len(t) for t in states.values()):
             raise within.damaged('its generators have no state')
+        def own(rows): return rows[self.team.rank if len(rows) == self.team.n else 0]
         # nothing below draws
-        try:
-            _set_generators({k: t[self.team.rank if len(t) == self.team.n else 0] for k,t in states.items()},
-                            device)
+        try: _set_generators({name: own(rows) for name,rows in states.items()}, device)
         except ValueError as error: raise within.damaged(f'its generators have no state ({error})') from error
         self.load_state_dict(strip_prefix('memory.', tensors))
-        restore_optimizer(opt, {n: t for n,t in tensors.items() if n.startswith('optimizer.')}, names, within.path)
+        moments = {n: t for n,t in tensors.items() if n.startswith('optimizer.')}
+        restore_optimizer(opt, moments, names, within.path)
         within.put(state)
         return tensors['losses'].tolist()
 
 # %% ../../nbs/clip/23_distill.ipynb #ffe52708
+def _means(losses):
+    "The mean of losses: of all, of the first and of the last tenth."
+    tenth = max(1, len(losses)//10)
+    first = np.mean(losses[:tenth])
+    last = np.mean(losses[-tenth:])
+    return dict(loss=float(np.mean(losses)), loss_first=float(first), loss_last=float(last))
+
 class _TrainerRounds(_TrainerResume):
     "A round of training."
     def _seed(self, round):
         "The seed of a round, the same in all processes."
         if self.seed is not None: return self.seed*10007+round
-        return self.team.first(int(torch.randint(2**31, ())))
+        drawn = torch.randint(2**31, ())
+        return self.team.first(int(drawn))
 
     def _prepare_model(self, model, round):
         """The module that trains (the framework, or the backbone alone) and the backbone, on the device. Raises
@@ -183,14 +215,16 @@ class _TrainerRounds(_TrainerResume):
         if backbone is self.teacher:
             raise OpenTransError(
                 "The model to train is the teacher itself. Train a fresh_copy() of it, or leave teacher=None.")
-        device = self.team.device or (pick_device(self.device) if self.device else None)
+        device = self.team.device
+        if not device and self.device: device = pick_device(self.device)
         if device: model.to(device)
         whole = unwrap(model) if self.segmentation else backbone
         if self.segmentation and not callable(getattr(whole, 'loss', None)):
             raise OpenTransError(
                 f"segmentation={self.segmentation} needs a framework with a loss of its own, not a "
                 f"{type(whole).__name__}. Give one made by build(...).")
-        self.team.same(digest_of(self.settings)[:12], 'settings of the training')
+        digest = digest_of(self.settings)
+        self.team.same(digest[:12], 'settings of the training')
         return whole,backbone
 
     def __call__(self,
@@ -214,18 +248,21 @@ class _TrainerRounds(_TrainerResume):
         place = found[2] if found else dict(iteration=0, empty=0, seed=str(seed))
         if place['seed'] != str(seed): raise within.damaged('its data come in another order')
         self._open_store(within)
-        text = self.clip.text(class_prompts(self.data.vocabulary), device)
+        prompts = class_prompts(self.data.vocabulary)
+        text = self.clip.text(prompts, device)
         stream = _Stream(self, seed, team, place['iteration'], place['empty'])
         ask = functools.partial(self._whole_loss, whole, backbone, text, device, team)
         # autocast is around the student alone
         how = SimpleNamespace(precision=None, accumulate=1, clip_grad=self.clip_grad)
         with _training(whole, backbone, self.batch_norm, self.freeze) as params:
-            opt = self._optimizer(self._groups(params, whole, backbone))
+            groups = self._groups(params, whole, backbone)
+            opt = self._optimizer(groups)
             if found: losses = self._resume(within, found, whole, opt, stream, device)
             step,wrapped = team.wrap(_Task(whole, ask), self.batch_norm == 'train')
             with wrapped:
                 todo = range(len(losses), self.iterations)
-                for i in progress(todo, f'distill, round {round}') if team.main else todo:
+                if team.main: todo = progress(todo, f'distill, round {round}')
+                for i in todo:
                     loss = train_step(step, next(stream), opt, how, mean=team.mean)['loss']
                     if not np.isfinite(loss):
                         raise OpenTransError(
@@ -239,9 +276,7 @@ class _TrainerRounds(_TrainerResume):
                          f'Try a smaller lr (now {self.lr}) or clip_grad=1.')
         self._flush()
         self.log.extend(dict(round=round, iteration=i, loss=loss) for i,loss in enumerate(losses))
-        tenth = max(1, len(losses)//10)
-        return dict(loss=float(np.mean(losses)), loss_first=float(np.mean(losses[:tenth])),
-                    loss_last=float(np.mean(losses[-tenth:])))
+        return _means(losses)
 
 # %% ../../nbs/clip/23_distill.ipynb #fa265878
 class _TrainerPictures(_TrainerRounds):
@@ -255,9 +290,12 @@ class _TrainerPictures(_TrainerRounds):
         ax = get_axes(ax, figsize=(7, 3))
         log = pd.DataFrame(self.log)
         ax.plot(log.loss, lw=.5, alpha=.3)
-        ax.plot(log.loss.rolling(smooth, min_periods=1, center=True).mean())
-        for x in log.index[(log.iteration==0) & (log.index > 0)]: ax.axvline(x, c='grey', lw=.5)
-        ax.set(title='distillation', xlabel='iteration', ylabel=self.loss if isinstance(self.loss, str) else 'loss')
+        windows = log.loss.rolling(smooth, min_periods=1, center=True)
+        ax.plot(windows.mean())
+        begins = (log.iteration==0) & (log.index > 0)
+        for x in log.index[begins]: ax.axvline(x, c='grey', lw=.5)
+        label = self.loss if isinstance(self.loss, str) else 'loss'
+        ax.set(title='distillation', xlabel='iteration', ylabel=label)
         return ax
 
 # %% ../../nbs/clip/23_distill.ipynb #9e750067
@@ -277,11 +315,13 @@ class DistillTrainer(_TrainerPictures):
                 f"A {type(framework).__name__} without kd has no distillation loss of its own. Build mask2former "
                 f"or deeplabv3 with preset='released', or with kd=2.")
         told = len(data) > 0 and 'nouns' in data[0]
-        if getattr(framework, 'grounding', 0) and not told:
+        grounding = getattr(framework, 'grounding', 0)
+        if grounding and not told:
+            name = getattr(data, 'name', type(data).__name__)
             warnings.warn(
-                f"{getattr(data, 'name', type(data).__name__)} has no captions (samples without 'nouns'): the "
+                f"{name} has no captions (samples without 'nouns'): the "
                 f"released code's grounding loss is left out.")
-        terms = ('kd', 'grounding') if told and getattr(framework, 'grounding', 0) else ('kd',)
+        terms = ('kd', 'grounding') if told and grounding else ('kd',)
         known = dict(distillation=0., segmentation=1., terms=terms, iterations=5000, lr=1.5e-4, batch_size=28,
                      crop=512, optimizer='adamw', weight_decay=.05, decay_norms=False, backbone_lr=.1,
                      clip_grad=.01)

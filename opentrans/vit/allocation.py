@@ -24,14 +24,19 @@ def structured_cost(
     r:int=8, # Rank or bottleneck
 )->int:
     "Parameters of one structured module: the threshold of Eq. 2.5."
-    n,m = shape[0],math.prod(shape[1:])
-    if kind not in STRUCTURED_KINDS[:2]: raise unknown('kind of structured module', kind, STRUCTURED_KINDS[:2])
+    n = shape[0]
+    m = math.prod(shape[1:])
+    known = STRUCTURED_KINDS[:2]
+    if kind not in known: raise unknown('kind of structured module', kind, known)
     return r*(n+m) if kind == 'lora' else 2*r*n + r + n
 
 def _takes(sens, name, kind='lora'):
     "Can a tensor take a structured module of this kind? Where nobody has said, weights of several dimensions can."
-    known = getattr(sens, 'takes', {}).get(name)
-    return kind in known if known is not None else len(sens[name].shape) > 1 and 'weight' in name.rpartition('.')[2]
+    said = getattr(sens, 'takes', {})
+    known = said.get(name)
+    if known is not None: return kind in known
+    key = name.rpartition('.')[2]
+    return len(sens[name].shape) > 1 and 'weight' in key
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a0006
 @dataclass
@@ -68,10 +73,15 @@ class _AllocationTable:
         def row(n, s):
             if n in self.structured: return 'structured',structured_cost(s, self.kind, self.r)
             if n in self.vectors: return 'vector',math.prod(s)
-            return ('unstructured', int(self.masks[n].sum())) if n in self.masks else ('untouched', 0)
-        rows = [(n, s, math.prod(s), self.counts.get(n, 0), *row(n, s)) for n,s in self.shapes.items()]
-        return pd.DataFrame(rows,
-                            columns=['name', 'shape', 'entries', 'sensitive', 'class', 'trained']).set_index('name')
+            if n in self.masks: return 'unstructured',int(self.masks[n].sum())
+            return 'untouched',0
+        rows = []
+        for n,s in self.shapes.items():
+            sensitive = self.counts.get(n, 0)
+            kind,trained = row(n, s)
+            rows.append((n, s, math.prod(s), sensitive, kind, trained))
+        columns = ['name', 'shape', 'entries', 'sensitive', 'class', 'trained']
+        return pd.DataFrame(rows, columns=columns).set_index('name')
 
 # %% ../../nbs/vit/61d_allocation.ipynb #764a2424
 ALLOCATION_FILE = FileKind('opentrans-allocation', 'allocation', 'Allocation.save')
@@ -102,33 +112,50 @@ class _Plan(TypedDict):
 def _as_places(mask):
     mask = torch.as_tensor(mask).bool().flatten()
     rare = 2*int(mask.sum()) <= mask.numel()
-    return {'at' if rare else 'all_but': (mask if rare else ~mask).nonzero().flatten().tolist()}
+    listed = mask if rare else ~mask
+    places = listed.nonzero().flatten()
+    return {'at' if rare else 'all_but': places.tolist()}
 
 def _as_mask(places, shape):
     "A bool tensor from what was written of it. Raises `ValueError` for places that are not there."
     if len(places) != 1: raise ValueError('a mask is no list of places')
     (how, at), = places.items()
     size = math.prod(shape)
-    if any(b <= a for a,b in zip(at, at[1:])) or at and not 0 <= at[0] <= at[-1] < size:
+    rise = all(a < b for a,b in zip(at, at[1:]))
+    if not rise or at and not 0 <= at[0] <= at[-1] < size:
         raise ValueError('places lie outside of their tensor')
     mask = torch.full((size,), how == 'all_but')
-    mask[torch.tensor(at, dtype=torch.long)] = how == 'at'
+    places = torch.tensor(at, dtype=torch.long)
+    mask[places] = how == 'at'
     return mask.reshape(shape)
+
+def _as_masks(group, shapes):
+    "Bool tensors by name."
+    return {n: _as_mask(places, shapes[n]) for n,places in group.items()}
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a0007
 def _check_plan(told, shapes):
     "Raises `ValueError` for names without a shape, or numbers that cannot be."
-    lost = [n for group in ('structured', 'vectors', 'masks', 'alive') for n in told[group] if n not in shapes]
-    if lost: raise ValueError(f"'{lost[0]}' has no shape")
-    sizes = [side for shape in shapes.values() for side in shape]
-    numbers = [told['tau'], told['always'], told['n_trainable'], told['r'], *told['counts'].values(),
-               *(told['heads'] or {}).values(), *sizes]
-    if min(numbers) < 0 or max(map(math.prod, shapes.values()), default=0) > 2**30:
+    for group in ('structured', 'vectors', 'masks', 'alive'):
+        for n in told[group]:
+            if n not in shapes: raise ValueError(f"'{n}' has no shape")
+    numbers = [told[name] for name in ('tau', 'always', 'n_trainable', 'r')]
+    numbers += told['counts'].values()
+    numbers += (told['heads'] or {}).values()
+    for shape in shapes.values(): numbers += shape
+    largest = max(map(math.prod, shapes.values()), default=0)
+    if min(numbers) < 0 or largest > 2**30:
         raise ValueError('a number in it cannot be')
-    if told['kind'] not in STRUCTURED_KINDS or told['structured'] and told['kind'] == 'none':
-        raise ValueError(f"it has modules of kind '{told['kind']}'")
-    if any(len(shapes[n]) < 2 for n in told['structured']) or any(len(shapes[n]) != 1 for n in told['vectors']):
+    kind = told['kind']
+    if kind not in STRUCTURED_KINDS or told['structured'] and kind == 'none':
+        raise ValueError(f"it has modules of kind '{kind}'")
+    are_matrices = all(len(shapes[n]) > 1 for n in told['structured'])
+    are_vectors = all(len(shapes[n]) == 1 for n in told['vectors'])
+    if not are_matrices or not are_vectors:
         raise ValueError('a module or a whole vector has another shape')
+
+# numbers and words of an allocation that its file holds as they are
+_PLAIN = ('n_trainable', 'tau', 'kind', 'r', 'always', 'heads', 'budget', 'note', 'counts')
 
 @dataclass
 class Allocation(_AllocationTable):
@@ -138,13 +165,14 @@ class Allocation(_AllocationTable):
         path, # A `.json` file
     ):
         "Write the plan; whole or not at all."
-        told = {name: getattr(self, name)
-                for name in ('n_trainable', 'tau', 'kind', 'r', 'always', 'heads', 'budget', 'note', 'counts')}
-        shapes = ({n: list(shape) for n,shape in self.shapes.items()}
-                  | {n: list(m.shape) for n,m in self.masks.items() if n not in self.shapes})
-        masks, alive = ({n: _as_places(m) for n,m in group.items()} for group in (self.masks, self.alive))
-        save_json(dict(told, structured=sorted(self.structured), vectors=sorted(self.vectors), shapes=shapes,
-                       masks=masks, alive=alive), path, ALLOCATION_FILE)
+        told = {name: getattr(self, name) for name in _PLAIN}
+        shapes = {n: list(shape) for n,shape in self.shapes.items()}
+        for n,mask in self.masks.items():
+            if n not in shapes: shapes[n] = list(mask.shape)
+        told.update(structured=sorted(self.structured), vectors=sorted(self.vectors), shapes=shapes)
+        told['masks'] = {n: _as_places(mask) for n,mask in self.masks.items()}
+        told['alive'] = {n: _as_places(mask) for n,mask in self.alive.items()}
+        save_json(told, path, ALLOCATION_FILE)
 
     @classmethod
     def load(cls,
@@ -155,20 +183,22 @@ class Allocation(_AllocationTable):
         shapes = {n: tuple(shape) for n,shape in told['shapes'].items()}
         try:
             _check_plan(told, shapes)
-            masks, alive = ({n: _as_mask(places, shapes[n]) for n,places in told[group].items()}
-                            for group in ('masks', 'alive'))
+            masks = _as_masks(told['masks'], shapes)
+            alive = _as_masks(told['alive'], shapes)
         except (KeyError, ValueError) as error: raise ALLOCATION_FILE.damaged(path, str(error)) from error
-        rest = {name: told[name]
-                for name in ('n_trainable', 'tau', 'kind', 'r', 'counts', 'always', 'heads', 'budget', 'note')}
-        return cls(structured=set(told['structured']), vectors=set(told['vectors']), masks=masks, alive=alive,
-                   shapes=shapes, **rest)
+        rest = {name: told[name] for name in _PLAIN}
+        structured = set(told['structured'])
+        vectors = set(told['vectors'])
+        return cls(structured=structured, vectors=vectors, masks=masks, alive=alive, shapes=shapes, **rest)
 
     def __repr__(self):
-        return (
-            f"Allocation({self.n_trainable:,} trained: {len(self.structured)} {self.kind} r={self.r}, "
-            f"{len(self.vectors)} whole vectors, {sum(int(m.sum()) for m in self.masks.values()):,} single weights "
-            f"of {len(self.masks)} tensors, {self.always:,} always, {self.head:,} of the head; "
-            f"tau={self.tau:,}{self.note and f'; {self.note}'})")
+        modules = f"{len(self.structured)} {self.kind} r={self.r}"
+        single = sum(int(m.sum()) for m in self.masks.values())
+        weights = f"{single:,} single weights of {len(self.masks)} tensors"
+        note = self.note and f'; {self.note}'
+        rest = f"{self.always:,} always, {self.head:,} of the head; tau={self.tau:,}{note}"
+        vectors = f"{len(self.vectors)} whole vectors"
+        return f"Allocation({self.n_trainable:,} trained: {modules}, {vectors}, {weights}, {rest})"
 
 # %% ../../nbs/vit/61d_allocation.ipynb #80301c06
 def _check_masks(masks, sens):
@@ -176,88 +206,124 @@ def _check_masks(masks, sens):
     if not masks: return
     known = [n for n in masks if n in sens]
     if not known:
+        names = ', '.join(list(sens)[:3])
         raise OpenTransError(
             f"None of the {len(masks)} masks is of a tensor with sensitivities, which has names like "
-            f"{', '.join(list(sens)[:3])}. Was the mask made for another model?")
+            f"{names}. Was the mask made for another model?")
     for n in known:
         size = torch.as_tensor(masks[n]).numel()
-        if size != sens[n].numel():
+        entries = sens[n].numel()
+        if size != entries:
             raise OpenTransError(
-                f"The mask of '{n}' has {size:,} entries, the tensor {sens[n].numel():,}. Was it made for another "
+                f"The mask of '{n}' has {size:,} entries, the tensor {entries:,}. Was it made for another "
                 f"model?")
 
 def _check_values(sens, flat, alive, tau):
     "Raises `OpenTransError` for sensitivities that are none, or where nothing is left to train."
-    if any(bool((t < 0).any()) for t in sens.values()):
+    has_negative = any(bool((t < 0).any()) for t in sens.values())
+    if has_negative:
         raise OpenTransError(
             "Some sensitivities are negative. They are sums of squares: give those of param_sensitivity.")
     if not np.isfinite(flat).all():
-        raise OpenTransError(
-            f"{(~np.isfinite(flat)).sum():,} sensitivities are not numbers. Has the loss overflowed?")
+        odd = (~np.isfinite(flat)).sum()
+        raise OpenTransError(f"{odd:,} sensitivities are not numbers. Has the loss overflowed?")
     if alive < 1:
         raise OpenTransError(
             f"A budget of {tau} leaves nothing to train, because the mask keeps no weight of these tensors. "
             f"Give another mask.")
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a0008
+def _flat_values(t, alive):
+    "The sensitivities of a tensor in a row; -1 for weights that are pruned."
+    values = t.detach().float().cpu().numpy()
+    if alive is not None: values = np.where(alive.numpy(), values, -1)
+    return values.ravel()
+
+def _as_bools(mask, shape):
+    kept = torch.as_tensor(mask).bool()
+    return kept.cpu().reshape(shape)
+
 class _Order:
     "The entries of all tensors in one row, and the order of their sensitivity."
     def __init__(self, sens, tau, masks=None):
         if not sens: raise OpenTransError("There are no sensitivities to rank.")
         check_number('The number of sensitive weights', tau, 1, whole=True,
                      advice='A budget of 0 leaves nothing to train.')
-        self.takes = {n: [k for k in STRUCTURED_KINDS[:2] if _takes(sens, n, k)] for n in sens}
+        self.takes = {}
+        for n in sens: self.takes[n] = [kind for kind in STRUCTURED_KINDS[:2] if _takes(sens, n, kind)]
         _check_masks(masks, sens)
-        self.names,self.shapes = list(sens),{n: tuple(t.shape) for n,t in sens.items()}
-        self.alive = {n: torch.as_tensor(masks[n]).bool().cpu().reshape(self.shapes[n])
-                      for n in (masks or ()) if n in sens}
-        alive = sum(int(self.alive[n].sum()) if n in self.alive else t.numel() for n,t in sens.items())
-        self.total,self.sizes = alive,[t.numel() for t in sens.values()]
-        flat = np.concatenate([np.where(self.alive[n].numpy(), t.detach().float().cpu().numpy(), -1).ravel()
-                               if n in self.alive else t.detach().float().cpu().numpy().ravel()
-                               for n,t in sens.items()])
-        _check_values(sens, flat, alive, tau)
-        self.flat,self.starts = flat,np.concatenate([[0], np.cumsum(self.sizes)])
+        self.names = list(sens)
+        self.shapes = {n: tuple(t.shape) for n,t in sens.items()}
+        self.sizes = [t.numel() for t in sens.values()]
+        self.alive = {}
+        for n in masks or ():
+            if n not in sens: continue
+            self.alive[n] = _as_bools(masks[n], self.shapes[n])
+        kept = dict(zip(self.names, self.sizes))
+        for n,alive in self.alive.items(): kept[n] = int(alive.sum())
+        self.total = sum(kept.values())
+        values = [_flat_values(t, self.alive.get(n)) for n,t in sens.items()]
+        self.flat = np.concatenate(values)
+        del values
+        _check_values(sens, self.flat, self.total, tau)
+        ends = np.cumsum(self.sizes)
+        self.starts = np.concatenate([[0], ends])
         self.rank(tau)
 
     def rank(self, tau):
         "Put the first tau entries in order."
-        flat,self.tau = self.flat,min(int(tau), self.total)
-        limit = np.partition(flat, flat.size-self.tau)[flat.size-self.tau]
+        flat = self.flat
+        self.tau = min(int(tau), self.total)
+        last = flat.size-self.tau
+        limit = np.partition(flat, last)[last]
         above = np.flatnonzero(flat > limit)
-        chosen = np.sort(np.concatenate([above, np.flatnonzero(flat == limit)[:self.tau-above.size]]))
-        self.order = chosen[np.argsort(-flat[chosen], kind='stable')]
+        missing = self.tau-above.size
+        chosen = np.sort(np.concatenate([above, np.flatnonzero(flat == limit)[:missing]]))
+        falling = np.argsort(-flat[chosen], kind='stable')
+        self.order = chosen[falling]
         self.tensor = np.searchsorted(self.starts, self.order, side='right')-1
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a0009
 class _Ranking(_Order):
     "The most sensitive entries of all tensors, in order: of equal ones, those that come first."
     def counts(self, tau):
-        return dict(zip(self.names, np.bincount(self.tensor[:tau], minlength=len(self.names)).tolist()))
+        found = np.bincount(self.tensor[:tau], minlength=len(self.names))
+        return dict(zip(self.names, found.tolist()))
 
     def masks(self, tau, names):
         "The chosen entries of some tensors."
-        res,wanted = {},set(names)
+        res = {}
+        wanted = set(names)
+        order = self.order[:tau]
+        tensor = self.tensor[:tau]
         for i,n in enumerate(self.names):
-            if n in wanted:
-                m = np.zeros(self.sizes[i], bool)
-                m[self.order[:tau][self.tensor[:tau] == i]-self.starts[i]] = True
-                res[n] = torch.from_numpy(m).reshape(self.shapes[n])
+            if n not in wanted: continue
+            places = order[tensor == i]-self.starts[i]
+            mask = np.zeros(self.sizes[i], bool)
+            mask[places] = True
+            res[n] = torch.from_numpy(mask).reshape(self.shapes[n])
         return res
 
     def reach(self, total, budget):
         """The number of entries at which `total(counts)` reaches a budget, found without putting them in order;
         ties with the last are among them."""
-        parts = [np.sort(self.flat[a:b]) for a,b in zip(self.starts, self.starts[1:])]
-        def counts(value): return {n: len(p)-int(np.searchsorted(p, value)) for n,p in zip(self.names, parts)}
+        bounds = zip(self.starts, self.starts[1:])
+        parts = [np.sort(self.flat[a:b]) for a,b in bounds]
+        def at_least(value, part):
+            below = np.searchsorted(part, value)
+            return len(part)-int(below)
+        def counts(bits):
+            value = np.int32(bits).view(np.float32)
+            return {n: at_least(value, part) for n,part in zip(self.names, parts)}
         low = 0
         # floats from 0 on lie in the order of their bits
-        high = int(np.float32(self.flat.max()).view(np.int32))+1
+        largest = np.float32(self.flat.max())
+        high = int(largest.view(np.int32))+1
         while high-low > 1:
             middle = (low+high)//2
-            low, high = ((middle, high) if total(counts(np.int32(middle).view(np.float32))) >= budget
-                         else (low, middle))
-        return sum(counts(np.int32(low).view(np.float32)).values())
+            if total(counts(middle)) >= budget: low = middle
+            else: high = middle
+        return sum(counts(low).values())
 
 # %% ../../nbs/vit/61d_allocation.ipynb #d863f046
 @dataclass
@@ -272,63 +338,88 @@ class _Rules:
     def classes(self, rank, counts, held=()):
         """Class of each tensor: (structured, whole vectors, unstructured), and the parameters of all. Those that
         are `held` keep single weights."""
-        costs = {n: structured_cost(shape, self.kind, self.r)
-                 for n,shape in rank.shapes.items() if self.kind in rank.takes[n] and n not in held}
+        costs = self.costs(rank, held)
         structured = {n for n,cost in costs.items() if counts[n]*self.alpha >= cost}
-        vectors = {n
-                   for n,shape in rank.shapes.items()
-                   if self.beta and len(shape) == 1 and counts[n]*self.beta >= shape[0] and n not in held}
-        single = [n for n,c in counts.items() if self.scattered and c and n not in structured | vectors]
-        total = (sum(costs[n] for n in structured) + sum(rank.shapes[n][0] for n in vectors)
-                 + sum(counts[n] for n in single))
+        lengths = self.lengths(rank, held)
+        vectors = {n for n,length in lengths.items() if counts[n]*self.beta >= length}
+        taken = structured | vectors
+        rest = [n for n in counts if n not in taken]
+        single = [n for n in rest if self.scattered and counts[n]]
+        total = sum(costs[n] for n in structured)
+        total += sum(lengths[n] for n in vectors)
+        total += sum(counts[n] for n in single)
         return structured,vectors,single,total
     def total(self, rank, counts, held=()): return self.classes(rank, counts, held)[-1]
 
+    def costs(self, rank, done):
+        "What a module costs, for each tensor that can take one and is not among those that are done."
+        fitting = [n for n,kinds in rank.takes.items() if self.kind in kinds and n not in done]
+        return {n: structured_cost(rank.shapes[n], self.kind, self.r) for n in fitting}
+
+    def lengths(self, rank, held):
+        "How long the vectors are that may be tuned whole."
+        if not self.beta: return {}
+        vectors = {n: shape[0] for n,shape in rank.shapes.items() if len(shape) == 1}
+        return {n: length for n,length in vectors.items() if n not in held}
+
     def smallest(self, rank, done):
         "The least that one more module costs."
-        return min((structured_cost(shape, self.kind, self.r)
-                    for n,shape in rank.shapes.items() if self.kind in rank.takes[n] and n not in done),
-                   default=math.inf)
+        return min(self.costs(rank, done).values(), default=math.inf)
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a000a
 def _last_within(rank, rules, budget, held):
     "The largest tau whose total is within a budget; totals only grow."
-    low, high = 0, rank.tau+1
+    low = 0
+    high = rank.tau+1
     while high-low > 1:
         middle = (low+high)//2
-        low, high = (middle, high) if rules.total(rank, rank.counts(middle), held) <= budget else (low, middle)
+        counts = rank.counts(middle)
+        if rules.total(rank, counts, held) <= budget: low = middle
+        else: high = middle
     return low
 
 def _spend(rank, rules, budget):
     "Spend a budget: (tau, tensors that keep single weights because their module would overspend it)."
-    if rules.total(rank, rank.counts(rank.tau)) < budget:
-        rank.rank(rank.reach(lambda counts: rules.total(rank, counts), budget))
+    counts = rank.counts(rank.tau)
+    if rules.total(rank, counts) < budget:
+        end = rank.reach(lambda counts: rules.total(rank, counts), budget)
+        rank.rank(end)
     held = set()
     while True:
         tau = _last_within(rank, rules, budget, held)
-        now = rules.classes(rank, rank.counts(tau), held)
-        left = budget-now[-1]
-        if not left or left < (1 if rules.scattered else rules.smallest(rank, now[0])): break
+        modules,vectors,_,spent = rules.classes(rank, rank.counts(tau), held)
+        left = budget-spent
+        if not left: break
+        step = 1 if rules.scattered else rules.smallest(rank, modules)
+        if left < step: break
         if tau < rank.tau:
-            then = rules.classes(rank, rank.counts(tau+1), held)
-            held |= (then[0]-now[0]) | (then[1]-now[1])
+            more_modules,more_vectors,*_ = rules.classes(rank, rank.counts(tau+1), held)
+            held |= more_modules-modules
+            held |= more_vectors-vectors
         elif rank.tau < rank.total: rank.rank(2*rank.tau)
         else: break
-    return max(1, tau), held
+    return max(1, tau),held
 
 def _allocation(rank, tau, rules, always, heads=None, held=(), budget=None, why=''):
     counts = rank.counts(tau)
     structured,vectors,single,total = rules.classes(rank, counts, held)
     alive = {n: rank.alive[n] for n in structured if n in rank.alive}
+    masks = rank.masks(tau, single)
     head = sum((heads or {}).values())
-    note = _off(total+always, budget, why)
-    return Allocation(structured, vectors, rank.masks(tau, single), total+always+head, tau, rules.kind, rules.r,
-                      rank.shapes, counts, alive, always, heads, budget, note)
+    spent = total+always
+    note = _off(spent, budget, why)
+    res = Allocation(structured, vectors, masks, spent+head, tau, rules.kind, rules.r, rank.shapes, counts, alive)
+    res.always = always
+    res.heads = heads
+    res.budget = budget
+    res.note = note
+    return res
 
 def _off(spent, budget, why):
     "By how much a budget is missed, and why; '' within 2 %."
     if budget is None or abs(spent-budget) <= .02*budget: return ''
-    return f"asked {budget:,}, spent {spent:,} ({spent/budget-1:+.1%}): {why}"
+    off = spent/budget-1
+    return f"asked {budget:,}, spent {spent:,} ({off:+.1%}): {why}"
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a000b
 def _check(kind, r, alpha, beta):
@@ -337,13 +428,19 @@ def _check(kind, r, alpha, beta):
     check_number('alpha', alpha, 0, above=True)
     if beta is not None: check_number('beta', beta, 0, above=True)
 
-def _always(sens, always): return sum(getattr(sens, 'always', {}).values()) if always is None else always
+def _always(sens, always):
+    "How many parameters are trained in any case."
+    if always is not None: return always
+    counts = getattr(sens, 'always', {})
+    return sum(counts.values())
 
 def _taus(total, taus):
     "The published sweep, 0.02 M to 1.58 M; on a small model 79 even steps."
     if taus is not None: return list(taus)
-    if total >= 3_160_000: return list(range(20_000, 1_580_001, 20_000))
-    return sorted({max(1, total*k//80) for k in range(1, 80)})
+    published = range(20_000, 1_580_001, 20_000)
+    if total >= 3_160_000: return list(published)
+    even = {max(1, total*k//80) for k in range(1, 80)}
+    return sorted(even)
 
 def _further(rank, rules, budget):
     """Where the published sweep ends below a budget: steps from there to where it is reached, a twentieth further
@@ -352,7 +449,8 @@ def _further(rank, rules, budget):
     tau = rank.tau
     steps = []
     while tau < end:
-        tau = min(end, tau+max(1, tau//20))
+        step = max(1, tau//20)
+        tau = min(end, tau+step)
         steps.append(tau)
     if steps: rank.rank(end)
     return steps
@@ -376,19 +474,26 @@ def sweep_allocations(
     for budget in budgets:
         check_number('budget', budget, 1, whole=True, advice='A budget of 0 leaves nothing to train.')
     for tau in taus or (): check_number('tau', tau, 1, whole=True)
-    always, rules = _always(sens, always), _Rules(kind, r, alpha, beta, scattered)
+    always = _always(sens, always)
+    rules = _Rules(kind, r, alpha, beta, scattered)
     entries = sum(t.numel() for t in sens.values())
     if not sens: raise OpenTransError("There are no sensitivities to rank.")
     steps = _taus(entries, taus)
     rank = _Ranking(sens, max(steps), masks)
     steps = sorted({min(t, rank.tau) for t in steps})
-    if taus is None and rules.total(rank, rank.counts(rank.tau))+always < max(budgets):
+    def spent(tau):
+        counts = rank.counts(tau)
+        return rules.total(rank, counts)+always
+    if taus is None and spent(rank.tau) < max(budgets):
         steps += _further(rank, rules, max(budgets)-always)
-    tried = {t: rules.total(rank, rank.counts(t))+always for t in steps}
-    best = {b: min(tried, key=lambda t: (abs(tried[t]-b), -t)) for b in budgets}
+    tried = {tau: spent(tau) for tau in steps}
+    heads = getattr(sens, 'heads', None)
     why = 'no tau of the sweep comes nearer'
-    return {b: _allocation(rank, t, rules, always, getattr(sens, 'heads', None), budget=b, why=why)
-            for b,t in best.items()}
+    res = {}
+    for budget in budgets:
+        nearest = min(tried, key=lambda tau: (abs(tried[tau]-budget), -tau))
+        res[budget] = _allocation(rank, nearest, rules, always, heads, budget=budget, why=why)
+    return res
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a000c
 def allocate(
@@ -411,10 +516,11 @@ def allocate(
     if (budget is None) == (tau is None):
         raise OpenTransError(
             "Give a budget, the number of trainable parameters, or tau, the number of sensitive entries; not both.")
-    check_number('budget' if tau is None else 'tau', budget if tau is None else tau, 1, whole=True,
-                 advice='A budget of 0 leaves nothing to train.')
+    given,number = ('budget', budget) if tau is None else ('tau', tau)
+    check_number(given, number, 1, whole=True, advice='A budget of 0 leaves nothing to train.')
     if tau is None and not exact:
-        return sweep_allocations(sens, [budget], kind, r, alpha, beta, masks, None, scattered, always)[budget]
+        swept = sweep_allocations(sens, [budget], kind, r, alpha, beta, masks, None, scattered, always)
+        return swept[budget]
     _check(kind, r, alpha, beta)
     rules = _Rules(kind, r, alpha, beta, scattered)
     always = _always(sens, always)
@@ -422,7 +528,8 @@ def allocate(
     rank = _Ranking(sens, 2*budget if tau is None else tau, masks)
     if tau is not None: return _allocation(rank, rank.tau, rules, always, heads)
     tau, held = _spend(rank, rules, budget-always)
-    res = _allocation(rank, tau, rules, always, heads, held, budget, _why(rank, rules, tau, budget, always))
+    why = _why(rank, rules, tau, budget, always)
+    res = _allocation(rank, tau, rules, always, heads, held, budget, why)
     if res.note: warnings.warn(f"The budget is not met: {res.note}.", stacklevel=2)
     return res
 

@@ -25,7 +25,8 @@ from .spt import block_of, sensitivity_profile
 # %% ../../nbs/vit/60d_blockwise.ipynb #e1f535ef
 class Prompts(nn.Module):
     "Learned tokens of one block."
-    kind,merges = 'prompts',False
+    kind = 'prompts'
+    merges = False
     def __init__(self,
         n:int, # Tokens
         like:nn.Parameter, # One of the block: where and of what type
@@ -39,23 +40,29 @@ class Prompts(nn.Module):
     def around(self, block, x, *args, **kwargs):
         if not isinstance(x, torch.Tensor) or x.ndim != 3:
             raise OpenTransError("Prompts stand among tokens (B,N,C), which this block does not take.")
-        y = block(torch.cat([x, self.tokens.expand(len(x), -1, -1)], 1), *args, **kwargs)
+        tokens = self.tokens.expand(len(x), -1, -1)
+        y = block(torch.cat([x, tokens], 1), *args, **kwargs)
         return y[:, :-len(self.tokens)]
     def __len__(self): return self.tokens.numel()
 
 class ParallelAdapter(nn.Module):
     "A bottleneck beside an MLP."
-    kind,merges = 'adaptformer',False
+    kind = 'adaptformer'
+    merges = False
     def __init__(self, r, like, dim, scale=.1):
         super().__init__()
-        def new(*shape): return nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        def new(*shape):
+            zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            return nn.Parameter(zeros)
         self.V = new(r, dim)
         self.v = new(r)
         self.U = new(dim, r)
         self.u = new(dim)
         self.scale = scale
         nn.init.kaiming_uniform_(self.V, a=math.sqrt(5))
-    def path(self, x): return self.scale*F.linear(F.relu(F.linear(x, self.V, self.v)), self.U, self.u)
+    def path(self, x):
+        h = F.linear(x, self.V, self.v)
+        return self.scale*F.linear(F.relu(h), self.U, self.u)
     def around(self, mlp, x, *args, **kwargs): return mlp(x, *args, **kwargs) + self.path(x)
     def __len__(self): return sum(p.numel() for p in self.parameters())
 
@@ -72,16 +79,20 @@ def adaptformer_cost(dim:int, r:int=8)->int:
 def _beside_class(plain):
     "The class of a module with something beside it: still of its class."
     def forward(self, x, *args, **kwargs):
-        return self.beside.around(functools.partial(plain.forward, self), x, *args, **kwargs)
-    return type(plain.__name__, (plain,), dict(forward=forward, plain=plain, __module__=plain.__module__))
+        alone = functools.partial(plain.forward, self)
+        return self.beside.around(alone, x, *args, **kwargs)
+    own = dict(forward=forward, plain=plain, __module__=plain.__module__)
+    return type(plain.__name__, (plain,), own)
 
 def _put_beside(model, places, make, freeze):
     """Put a new module beside each of some modules. Raises `OpenTransError`, with nothing changed, where one is
     taken."""
     taken = [n for n,m in places.items() if hasattr(m, 'beside')]
     if taken: raise OpenTransError(f"'{taken[0]}' has something beside it already. Remove it first.")
-    flags, made = trained_flags(find_tower(model)), {n: make(m) for n,m in places.items()}
-    if freeze: find_tower(model).requires_grad_(False)
+    tower = find_tower(model)
+    flags = trained_flags(tower)
+    made = {n: make(m) for n,m in places.items()}
+    if freeze: tower.requires_grad_(False)
     for n,m in places.items():
         m.__class__ = _beside_class(type(m))
         m.beside = made[n]
@@ -96,10 +107,15 @@ def _chosen_blocks(model, blocks):
     "Blocks by name. Raises `OpenTransError` for one that is not there."
     there = vit_blocks(model)
     lost = [n for n in blocks or () if n not in there]
-    if lost: raise OpenTransError(f"'{lost[0]}' is no block; the model has {', '.join(list(there)[:3])} ....")
+    if lost:
+        first = ', '.join(list(there)[:3])
+        raise OpenTransError(f"'{lost[0]}' is no block; the model has {first} ....")
     return {n: m for n,m in there.items() if blocks is None or n in blocks}
 
-def _width(block): return next(m for m in block.modules() if isinstance(m, nn.LayerNorm)).normalized_shape[0]
+def _width(block):
+    "The width of a block: that of its first norm."
+    norm = next(m for m in block.modules() if isinstance(m, nn.LayerNorm))
+    return norm.normalized_shape[0]
 
 def add_prompts(
     model:nn.Module, # A ViT, changed in place
@@ -111,7 +127,8 @@ def add_prompts(
     "Add learned tokens to blocks. Raises `OpenTransError`."
     check_number('n', n, 1, 10_000, whole=True)
     def make(block): return Prompts(n, next(block.parameters()), _width(block))
-    with seeded(seed): return _put_beside(model, _chosen_blocks(model, blocks), make, freeze)
+    chosen = _chosen_blocks(model, blocks)
+    with seeded(seed): return _put_beside(model, chosen, make, freeze)
 
 def add_adaptformer(
     model:nn.Module, # A ViT, changed in place
@@ -123,9 +140,12 @@ def add_adaptformer(
 )->Added: # Handle: `.parts` by MLP, `.remove()`
     "Add a bottleneck beside the MLP of blocks. Raises `OpenTransError`."
     check_number('r', r, 1, 65_536, whole=True)
-    found = {f'{n}.mlp': block.mlp for n,block in _chosen_blocks(model, blocks).items()}
-    widths = {id(block.mlp): _width(block) for block in _chosen_blocks(model, blocks).values()}
-    def make(mlp): return ParallelAdapter(r, next(mlp.parameters()), widths[id(mlp)], scale)
+    chosen = _chosen_blocks(model, blocks)
+    found = {f'{n}.mlp': block.mlp for n,block in chosen.items()}
+    widths = {id(block.mlp): _width(block) for block in chosen.values()}
+    def make(mlp):
+        width = widths[id(mlp)]
+        return ParallelAdapter(r, next(mlp.parameters()), width, scale)
     with seeded(seed): return _put_beside(model, found, make, freeze)
 
 # %% ../../nbs/vit/60d_blockwise.ipynb #ea1da8d8
@@ -141,7 +161,11 @@ def sensitive_blocks(
     check_number('budget', budget, cost, whole=True, advice='It must pay for one block.')
     counts = sensitivity_profile(sens, tau or budget).sensitive
     there = list(vit_blocks(model))
-    best = sorted(there, key=lambda n: -int(counts.get(block_of(f'{n}.x'), 0)))[:budget//cost]
+    def count(name):
+        block = block_of(f'{name}.x')
+        return int(counts.get(block, 0))
+    ranked = sorted(there, key=lambda n: -count(n))
+    best = ranked[:budget//cost]
     return [n for n in there if n in best]
 
 BLOCK_KINDS = {'prompts': (add_prompts, prompt_cost, 10), 'adaptformer': (add_adaptformer, adaptformer_cost, 8)}
@@ -159,9 +183,12 @@ def add_spt_blocks(
     if kind not in BLOCK_KINDS: raise unknown('kind of part of a block', kind, BLOCK_KINDS)
     add, cost_of, usual = BLOCK_KINDS[kind]
     size = usual if size is None else size
-    cost = cost_of(_width(next(iter(vit_blocks(model).values()))), size)
-    always, heads = getattr(sens, 'always', {}), getattr(sens, 'heads', None)
-    blocks = sensitive_blocks(model, sens, budget-sum(always.values()), cost)
+    first = next(iter(vit_blocks(model).values()))
+    cost = cost_of(_width(first), size)
+    always = getattr(sens, 'always', {})
+    heads = getattr(sens, 'heads', None)
+    left = budget-sum(always.values())
+    blocks = sensitive_blocks(model, sens, left, cost)
     added = add(model, blocks, size, seed=seed)
     heads = list(heads) if heads is not None else find_heads(model)
     for name,p in find_tower(model).named_parameters():
@@ -175,14 +202,20 @@ def load_blocks(
     path, # What `save_added` wrote of a model with prompts or bottlenecks
 )->Added: # Handle: `.parts`, `.remove()`
     "Put saved prompts or bottlenecks on a model. Raises `OpenTransError` for a file without, or of another model."
-    found = {n.removeprefix('full:'): t for n,t in load_tensors(path, kind=PARTS_FILE)[0].items() if '.beside.' in n}
-    own = {n: t for n,t in found.items() if n.rpartition('.')[2] in _OWN}
-    kinds = {(n.rpartition('.')[2], len(t)) for n,t in own.items()}
+    tensors,_ = load_tensors(path, kind=PARTS_FILE)
+    blocks = []
+    kinds = set()
+    for name,t in tensors.items():
+        place,beside,_ = name.removeprefix('full:').partition('.beside.')
+        key = name.rpartition('.')[2]
+        if not beside or key not in _OWN: continue
+        kinds.add((key, len(t)))
+        blocks.append(place.removesuffix('.mlp'))
     if len(kinds) != 1:
-        raise OpenTransError(f"'{path}' holds {'no' if not kinds else 'different'} parts of blocks: prompts, or "
+        how = 'different' if kinds else 'no'
+        raise OpenTransError(f"'{path}' holds {how} parts of blocks: prompts, or "
                              f"bottlenecks of one width.")
     (key, size), = kinds
-    blocks = [n.partition('.beside.')[0].removesuffix('.mlp') for n in own]
     added = _OWN[key](model, blocks, size)
     try: load_added(model, path)
     except BaseException:

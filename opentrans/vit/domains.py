@@ -25,16 +25,23 @@ def mmd(
     width:float=None, # Of the Gaussian kernel exp(-|a-b|^2 / (2 width^2)); None takes `median_distance`
 )->float:
     "The squared discrepancy of two sets, without bias (Gretton et al. 2012, Lemma 6). Raises `OpenTransError`."
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+    are_rows = x.ndim == 2 and y.ndim == 2
+    if not are_rows or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise OpenTransError("Features must be (pictures, dimensions) of one width, two pictures at least, "
                              f"not {tuple(x.shape)} and {tuple(y.shape)}.")
-    x,y = x.double(),y.double()
+    x = x.double()
+    y = y.double()
     width = median_distance(x, y) if width is None else width
     check_number('width', width, 0, above=True, advice='All features are equal, or the width is none.')
-    def kernel(a, b): return torch.exp(-torch.cdist(a, b).square()/(2*width**2))
-    n,m = len(x),len(y)
-    inside = (kernel(x, x).sum()-n)/(n*(n-1)) + (kernel(y, y).sum()-m)/(m*(m-1))
-    return float(inside - 2*kernel(x, y).mean())
+    def kernel(a, b):
+        apart = torch.cdist(a, b).square()
+        return torch.exp(-apart/(2*width**2))
+    def inside(a):
+        n = len(a)
+        likeness = kernel(a, a).sum()
+        return (likeness-n)/(n*(n-1))
+    across = kernel(x, y).mean()
+    return float(inside(x) + inside(y) - 2*across)
 
 @torch.no_grad()
 def features_of(
@@ -43,12 +50,15 @@ def features_of(
     limit:int=500, # Pictures
 )->torch.Tensor: # (pictures, dimensions)
     "What a model makes of pictures."
-    found, own = [], hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
+    found = []
+    own = hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
+    def features(x): return model.forward_head(model.forward_features(x), pre_logits=True)
     with eval_mode(model):
         for x,*_ in loader:
             x = to_device(x, device_of(model))
-            y = model.forward_head(model.forward_features(x), pre_logits=True) if own else model(x)
-            found.append(y.flatten(1).cpu())
+            y = features(x) if own else model(x)
+            rows = y.flatten(1).cpu()
+            found.append(rows)
             if sum(map(len, found)) >= limit: break
     if not found: raise OpenTransError("The loader gave no pictures.")
     return torch.cat(found)[:limit]

@@ -9,6 +9,7 @@ __all__ = ['SCALE', 'FEW', 'ARMS', 'PLAIN', 'PARTS', 'SMALL', 'measure_instances
 # %% ../../nbs/vit/68_faseg_study.ipynb #5dd57779
 import time
 import torch
+import torch.nn.functional as F
 from ..clip.backbone import ClipBackbone
 from ..data.samples import collate
 from ..data.shapes import ShapesWorld
@@ -64,51 +65,97 @@ PARTS = {'FASeg, conditional': ('faseg', {}, False, True),
          'all pixels': ('faseg', dict(ratio=1), False, True),
          'cells at random': ('faseg', dict(selection='random'), False, True)}
 
+def _batches(data, size=16):
+    "The samples of a set, in batches."
+    for first in range(0, len(data), size):
+        last = min(first+size, len(data))
+        yield collate([data[j] for j in range(first, last)])
+
 def measure_instances(seg, data):
     "Average precision of things, one by one."
-    found, true = [], []
-    isthing = [k in data.things for k in range(len(data.vocabulary))]
-    for i in range(0, len(data), 16):
-        batch = collate([data[j] for j in range(i, min(i+16, len(data)))])
-        regions, kinds = batch_regions(batch, len(data.vocabulary), batch['ignore'])
+    found = []
+    true = []
+    classes = len(data.vocabulary)
+    isthing = [k in data.things for k in range(classes)]
+    for batch in _batches(data):
+        regions,kinds = batch_regions(batch, classes, batch['ignore'])
         found += instances(seg, batch['images'], data.vocabulary, isthing)
         for r,k in zip(regions, kinds):
-            kept = torch.tensor([int(c) in data.things for c in k], dtype=torch.bool)
-            true.append((r[kept], k[kept]))
+            are_things = [int(c) in data.things for c in k]
+            kept = torch.tensor(are_things, dtype=torch.bool)
+            thing = r[kept],k[kept]
+            true.append(thing)
     return instance_ap(found, true)
+
+def _best_queries(regions, masks):
+    "The best IoU of each region with the mask of a query, and that query. Both are (N, pixels), of 0 and 1."
+    both = regions @ masks.T
+    of_region = regions.sum(1)[:, None]
+    of_query = masks.sum(1)
+    either = of_region + of_query - both
+    iou = both/either.clamp(min=1)
+    return iou.max(1)
+
+def _share_inside(regions, attention, size):
+    "How much of each region's attention is inside of it: regions (1, N, H, W), attention (N, h, w)."
+    coarse = F.interpolate(regions, size=size, mode='area')[0]
+    return (coarse*attention).sum((1, 2))
+
+def _chosen_cells(layer, first):
+    "The cells that a layer chose in each image, counted on the grid of the first layer, the coarsest."
+    width = layer['size'][1]
+    columns = first['size'][1]
+    side = width//columns
+    def coarse(place):
+        row = place//width//side
+        column = place % width//side
+        return row*columns + column
+    return [sorted({coarse(int(place)) for place in chosen}) for chosen in layer['idx']]
 
 def measure(seg, data):
     """How well regions are found by any query: best IoU, mean over regions; for FASeg also how much of that query's
     attention is inside, and the chosen cells."""
     text = seg.text(data.vocabulary)
+    classes = len(data.vocabulary)
     iou = []
     inside = []
     cells = []
-    for i in range(0, len(data), 16):
-        batch = collate([data[j] for j in range(i, min(i+16, len(data)))])
-        regions,_ = batch_regions(batch, len(data.vocabulary), batch['ignore'])
+    for batch in _batches(data):
+        regions,_ = batch_regions(batch, classes, batch['ignore'])
         with eval_mode(seg):
-            masks = seg.queries(batch['images'], text)[1] > 0
+            _,logits = seg.queries(batch['images'], text)
+            masks = logits > 0
             look = seg.look(batch['images']) if hasattr(seg, 'look') else []
         for b,(r,m) in enumerate(zip(regions, masks)):
-            r,m = r.flatten(1).float(),m.flatten(1).float()
-            both = r @ m.T
-            best,q = (both/(r.sum(1)[:, None] + m.sum(1) - both).clamp(min=1)).max(1)
+            pixels = r.flatten(1).float()
+            found = m.flatten(1).float()
+            best,query = _best_queries(pixels, found)
             iou.append(best)
-            if look:
-                inside.append(
-                    torch.stack(
-                        [
-                            (torch.nn.functional.interpolate(r.view(1, -1, *regions[b].shape[1:]),
-                                                             size=layer['size'], mode='area')[0]*layer['attn'][
-                                 b, q]).sum((1, 2)) for layer in look], 1))
+            if not look: continue
+            height,width = r.shape[1:]
+            maps = pixels.view(1, -1, height, width)
+            attention = [layer['attn'][b, query] for layer in look]
+            shares = [_share_inside(maps, a, layer['size']) for a,layer in zip(attention, look)]
+            inside.append(torch.stack(shares, 1))
         for layer in look:
-            if layer['idx'] is not None:
-                n,side = look[0]['size'][1],layer['size'][1]//look[0]['size'][1]
-                cells += [sorted({int(p)//layer['size'][1]//side*n + int(p) % layer['size'][1]//side for p in idx})
-                          for idx in layer['idx']]
-    return (dict(region_iou=torch.cat(iou).mean().item())
-            | (dict(inside=torch.cat(inside).mean(0).tolist(), cells=cells) if inside else {}))
+            if layer['idx'] is not None: cells += _chosen_cells(layer, look[0])
+    res = dict(region_iou=torch.cat(iou).mean().item())
+    if inside:
+        shares = torch.cat(inside).mean(0)
+        res.update(inside=shares.tolist(), cells=cells)
+    return res
+
+def _rounded(attention):
+    "Numbers for a file."
+    def short(v): return round(float(v), 4)
+    return [[short(v) for v in row] for row in attention]
+
+def _largest_thing(batch, data):
+    "The mask of the largest thing in an image."
+    regions,kinds = batch_regions(batch, len(data.vocabulary), batch['ignore'])
+    pairs = zip(regions[0], kinds[0])
+    things = [r for r,k in pairs if int(k) in data.things]
+    return max(things, key=lambda r: r.sum())
 
 def pictures(seg, data, which=(0, 1)):
     """Fig. 5.4: for the largest thing of some images, the attention of the query that finds it, in the last three
@@ -116,49 +163,84 @@ def pictures(seg, data, which=(0, 1)):
     res = []
     for i in which:
         batch = collate([data[i]])
-        regions,kinds = batch_regions(batch, len(data.vocabulary), batch['ignore'])
-        things = [r for r,k in zip(regions[0], kinds[0]) if int(k) in data.things]
-        r = max(things, key=lambda r: r.sum())
+        largest = _largest_thing(batch, data)
         with eval_mode(seg):
-            masks,look = seg.queries(batch['images'], seg.text(data.vocabulary))[1][0] > 0,seg.look(batch['images'])
-        q = ((masks & r).sum((1, 2))/(masks | r).sum((1, 2))).argmax()
-        res.append(dict(image=i, region=[[int(v) for v in row] for row in r[::2, ::2]],
-                        attention=[[[round(float(v), 4) for v in row] for row in layer['attn'][0, q]]
-                                   for layer in look[-3:]]))
+            text = seg.text(data.vocabulary)
+            _,logits = seg.queries(batch['images'], text)
+            masks = logits[0] > 0
+            look = seg.look(batch['images'])
+        both = masks & largest
+        either = masks | largest
+        iou = both.sum((1, 2))/either.sum((1, 2))
+        query = iou.argmax()
+        shown = largest[::2, ::2]
+        region = [[int(v) for v in row] for row in shown]
+        attention = [layer['attn'][0, query] for layer in look[-3:]]
+        res.append(dict(image=i, region=region, attention=[_rounded(a) for a in attention]))
     return res
 
+def _night_set(part, seed, scale):
+    n = scale[part]
+    return ShapesWorld(part, scale['domain'], n=n, size=scale['size'], seed=seed)
+
+def _new_framework(framework, options, vocabulary, seed, scale):
+    "A framework on the small CLIP, with the sizes of the study and the options of an arm."
+    clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn', output_stride=scale['output_stride'])
+    settings = {**scale['head'], **scale[framework], **options}
+    return build(framework, clip, vocabulary=vocabulary, preset='small', seed=seed, **settings)
+
+def _recipe(seed, scale):
+    sizes = {k: scale[k] for k in ('iterations', 'batch_size', 'lr', 'backbone_lr')}
+    return Recipe.tiny().replace(seed=seed, schedule='poly', **sizes)
+
 def run(name, seed, scale):
-    framework,options,sparse,_ = (ARMS | PARTS)[name]
+    arms = ARMS | PARTS
+    framework,options,sparse,_ = arms[name]
     options = dict(options)
     freeze = options.pop('freeze', None)
-    train,val = (ShapesWorld(s, scale['domain'], n=scale[s], size=scale['size'], seed=seed)
-                 for s in ('train', 'val'))
-    clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn', output_stride=scale['output_stride'])
-    seg = build(framework, clip, vocabulary=train.vocabulary, preset='small', seed=seed,
-                **{**scale['head'], **scale[framework], **options})
-    recipe = Recipe.tiny().replace(seed=seed, schedule='poly',
-                                   **{k: scale[k] for k in ('iterations', 'batch_size', 'lr', 'backbone_lr')})
-    mask,start = SparseMask.magnitude(seg.tower, scale['density']) if sparse else None,{}
-    force = mask.apply(seg.backbone) if sparse else None
+    train = _night_set('train', seed, scale)
+    val = _night_set('val', seed, scale)
+    seg = _new_framework(framework, options, train.vocabulary, seed, scale)
+    recipe = _recipe(seed, scale)
+    force = None
+    if sparse:
+        mask = SparseMask.magnitude(seg.tower, scale['density'])
+        force = mask.apply(seg.backbone)
+    extra = {}
     if framework == 'faseg' and seg.head.decoder.n_levels == 4:
-        with seeded(seed): start = dict(cells_at_start=measure(seg, val)['cells'])
+        with seeded(seed): at_start = measure(seg, val)
+        extra['cells_at_start'] = at_start['cells']
     began = time.process_time()
     selection = analyze(seg.tower).select(freeze=freeze) if freeze else None
     history = finetune(seg, train, recipe, selection=selection, device='cpu')
     seconds = time.process_time()-began
     # random cells are drawn again at each look
-    with seeded(seed): result,found = evaluate(seg, val),measure(seg, val)
-    shown = (dict(pictures=pictures(seg, val))
-             if seed == 0 and not sparse and name in ('FASeg', 'learned queries', 'anchor') else {})
+    with seeded(seed):
+        result = evaluate(seg, val)
+        found = measure(seg, val)
+    is_shown = name in ('FASeg', 'learned queries', 'anchor')
+    if is_shown and seed == 0: extra['pictures'] = pictures(seg, val)
     if force: force.remove()
-    if name in PARTS: found = dict(found, **measure_instances(seg, val))
+    if name in PARTS: found = found | measure_instances(seg, val)
+    head_params = sum(p.numel() for p in seg.head.parameters())
+    first_loss = history.loss[:10].mean()
+    last_loss = history.loss[-10:].mean()
     return dict(arm=name, seed=seed, miou=result['miou'], accuracy=result['pixel_accuracy'],
-                first_loss=float(history.loss[:10].mean()), last_loss=float(history.loss[-10:].mean()),
-                seconds=round(seconds, 1), head_params=sum(p.numel() for p in seg.head.parameters()), **found,
-                **start, **shown)
+                first_loss=float(first_loss), last_loss=float(last_loss),
+                seconds=round(seconds, 1), head_params=head_params, **found, **extra)
 
 # %% ../../nbs/vit/68_faseg_study.ipynb #194afce2
 SMALL = dict(SCALE, train=4, val=4, iterations=1, batch_size=2)
+
+def _in_order(arms, seeds):
+    "Arms with seeds, the main comparison first. The others have `FEW` seeds at most."
+    known = ARMS | PARTS
+    mains = [name for name in arms if known[name][3]]
+    others = [name for name in arms if name not in mains]
+    for seed in seeds:
+        for name in mains: yield name, seed
+    for seed in seeds[:FEW]:
+        for name in others: yield name, seed
 
 def faseg_rows(
     study, # The `Study`
@@ -174,15 +256,15 @@ def faseg_rows(
     if iterations and not small: scale['iterations'] = iterations
     folder = open_folder(runs, scale, 'scale.json').resolve()
     jobs = {}
-    for main in (True, False):
-        for i,seed in enumerate(seeds):
-            for name in arms:
-                if (ARMS | PARTS)[name][3] != main or not main and i >= FEW: continue
-                file = folder/f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
-                jobs[name, seed] = ((), kept_result, (file, run, name, seed, scale))
-    with one_thread(): results = list(run_jobs(jobs, scheduler, study.name).values())
-    minutes = round(sum(result['seconds'] for result in results)/60, 1)
-    made = dict(cpu_minutes=minutes, threads=1)
+    for name,seed in _in_order(arms, seeds):
+        plain = name.replace(', ', '-').replace(' ', '-')
+        file = folder/f"{plain}-{seed}.json"
+        call = file,run,name,seed,scale
+        jobs[name, seed] = ((), kept_result, call)
+    with one_thread(): done = run_jobs(jobs, scheduler, study.name)
+    results = list(done.values())
+    seconds = sum(result['seconds'] for result in results)
+    made = dict(cpu_minutes=round(seconds/60, 1), threads=1)
     return dict(what='FASeg beside Mask2Former on ShapesWorld: toy scale', run=made, seeds=list(seeds),
                 scale=scale, results=results)
 

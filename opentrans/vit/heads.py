@@ -21,33 +21,50 @@ _MAPS = (nn.Linear, *CONVS)
 def _with_parameters(name, module, norms=False):
     """Names of the modules in a head that hold its parameters. A norm before a classifier belongs to the pretrained
     body."""
-    inside = bare_modules(module)
-    def holds(n, m): return '.tuned.' not in f'.{n}.' and any(p is not None for p in m._parameters.values())
-    held = [(n, m) for n,m in inside if holds(n, m)]
-    return ['.'.join(filter(None, [name, n])) for n,m in held if norms or not isinstance(m, NORMS)]
+    res = []
+    for inner,m in bare_modules(module):
+        is_part = '.tuned.' in f'.{inner}.'
+        is_held = any(p is not None for p in m._parameters.values())
+        if is_part or not is_held: continue
+        path = '.'.join(filter(None, [name, inner]))
+        if norms or not isinstance(m, NORMS): res.append(path)
+    return res
 
 def _said(tower):
     "What a model of timm, or the one inside, says of itself."
-    asked = [m.get_classifier() for _,m in bare_modules(tower) if callable(getattr(m, 'get_classifier', None))]
-    asked = [m for one in asked for m in (one if isinstance(one, (tuple, list)) else [one])]
+    asked = []
+    for _,m in bare_modules(tower):
+        if not callable(getattr(m, 'get_classifier', None)): continue
+        found = m.get_classifier()
+        asked += found if isinstance(found, (tuple, list)) else [found]
     said = {id(m) for m in asked if isinstance(m, nn.Module)}
-    heads = [(n, m) for n,m in bare_modules(tower) if n and id(m) in said]
-    return [found for n,m in heads for found in _with_parameters(n, m, norms=True)]
+    res = []
+    for name,m in bare_modules(tower):
+        if name and id(m) in said: res += _with_parameters(name, m, norms=True)
+    return res
+
+def _pattern(name):
+    "The parts of a name, numbers as `*`."
+    return ['*' if part.isdigit() else part for part in name.split('.')]
 
 def _in_blocks(name, found):
     "Does a module stand in a block, or have many of its name?"
-    parts = name.split('.')
-    if any(part.isdigit() for part in parts[1:]): return True
-    alike = ['*' if part.isdigit() else part for part in parts]
-    return sum(['*' if part.isdigit() else part for part in other.split('.')] == alike for other,_ in found) > 1
+    _,*inner = name.split('.')
+    if any(part.isdigit() for part in inner): return True
+    own = _pattern(name)
+    alike = [other for other,_ in found if _pattern(other) == own]
+    return len(alike) > 1
 
 def _usual(tower):
     "Modules with a usual name. Of torchvision's the last map only: what stands before it is pretrained."
-    found, res = list(bare_modules(tower)), []
-    for n,m in found:
-        if n.rpartition('.')[2] not in _NAMES or _in_blocks(n, found): continue
-        inside = _with_parameters(n, m)
-        res += inside[-1:] if type(tower).__module__.startswith('torchvision.models.') else inside
+    found = list(bare_modules(tower))
+    of_torchvision = type(tower).__module__.startswith('torchvision.models.')
+    res = []
+    for name,m in found:
+        last = name.rpartition('.')[2]
+        if last not in _NAMES or _in_blocks(name, found): continue
+        inside = _with_parameters(name, m)
+        res += inside[-1:] if of_torchvision else inside
     return list(dict.fromkeys(res))
 
 # %% ../../nbs/vit/60c_heads.ipynb #80136266
@@ -59,6 +76,11 @@ def _at_rest(model):
         with torch.no_grad(): yield model.eval()
     finally:
         for m,t in modes: m.training = t
+
+def _are_alike(y, value):
+    "Are these as many numbers, of as many samples?"
+    if not isinstance(y, torch.Tensor) or y.numel() != value.numel(): return False
+    return y.shape[:1] == value.shape[:1]
 
 def last_map(
     model:nn.Module, # Any model
@@ -75,20 +97,23 @@ def last_map(
     finally:
         for hook in undo: hook.remove()
     logits = getattr(out, 'logits', None)
-    values = [t for t in ([logits] if logits is not None else tree_leaves(out)) if isinstance(t, torch.Tensor)]
+    given = tree_leaves(out) if logits is None else [logits]
+    values = [t for t in given if isinstance(t, torch.Tensor)]
     if not calls or not values: return None
     name, y = calls[-1]
-    alike = isinstance(y, torch.Tensor) and y.numel() == values[0].numel() and y.shape[:1] == values[0].shape[:1]
-    return name or None if alike else None
+    return name or None if _are_alike(y, values[0]) else None
 
 # %% ../../nbs/vit/60c_heads.ipynb #78cf79ec
 def _chosen(tower, heads):
     "The modules that were named, by their whole name or by what they are called anywhere. Raises `OpenTransError`."
-    found, res = dict(bare_modules(tower)), []
-    for name in [heads] if isinstance(heads, str) else heads:
-        hits = [name] if name in found else [n for n in found if n.rpartition('.')[2] == name]
+    found = dict(bare_modules(tower))
+    names = [heads] if isinstance(heads, str) else heads
+    res = []
+    for name in names:
+        called = [n for n in found if n.rpartition('.')[2] == name]
+        hits = [name] if name in found else called
         if not hits: raise unknown('module', name, [n for n in found if n])
-        res += [inner for n in hits for inner in _with_parameters(n, found[n], norms=True)]
+        for hit in hits: res += _with_parameters(hit, found[hit], norms=True)
     return list(dict.fromkeys(res))
 
 def find_heads(
@@ -102,7 +127,8 @@ def find_heads(
     if heads is not None: return _chosen(tower, heads)
     found = _said(tower) or _usual(tower)
     outside = tower is not unwrap(model) or is_tower(tower)
-    if not callable(getattr(tower, 'get_classifier', None)) and not outside and x is not None:
+    tells = callable(getattr(tower, 'get_classifier', None))
+    if not tells and not outside and x is not None:
         last = last_map(tower, x)
         if last is not None and not _covered(last, found): found.append(last)
     if not found and warn and not outside: warnings.warn(_nowhere(tower))
@@ -112,8 +138,9 @@ def _covered(name, found): return any(name == n or name.startswith(f'{n}.') for 
 
 def _nowhere(tower):
     maps = [n for n,m in bare_modules(tower) if isinstance(m, _MAPS) and n]
+    example = maps[-1] if maps else 'out'
     return (f"{type(tower).__name__} has no head that is found by asking it, so none is trained in full. "
-            f"If it has one, name it, e.g. heads=['{maps[-1] if maps else 'out'}'].")
+            f"If it has one, name it, e.g. heads=['{example}'].")
 
 # %% ../../nbs/vit/60c_heads.ipynb #7204f1e5
 def is_of_head(
@@ -137,4 +164,5 @@ def head_sizes(
 )->dict: # Module -> parameters
     "How many parameters a head has."
     found = dict(bare_modules(find_tower(model)))
-    return {n: sum(p.numel() for p in found[n].parameters(recurse=False)) for n in heads if n in found}
+    def size(module): return sum(p.numel() for p in module.parameters(recurse=False))
+    return {n: size(found[n]) for n in heads if n in found}

@@ -33,12 +33,14 @@ def _dress(module, keys=()):
                 f"{type(module).__name__} has an attribute 'tuned' of its own; nothing can be added to it.")
         module.__class__ = _tunable_class(type(module), ())
         module.tuned = nn.ModuleDict()
-    module.__class__ = _tunable_class(module.plain, tuple(sorted({*module.shown, *keys})))
+    shown = sorted({*module.shown, *keys})
+    module.__class__ = _tunable_class(module.plain, tuple(shown))
 
 def _undress(module):
     "Take the dress off a module that has no parts left."
     keys = {p.key for p in module.tuned.values() if p.merges}
-    if module.tuned or isinstance(module, _TunableAttention) and isinstance(module.out_proj, Tunable):
+    is_around = isinstance(module, _TunableAttention) and isinstance(module.out_proj, Tunable)
+    if module.tuned or is_around:
         module.__class__ = _tunable_class(module.plain, tuple(sorted(keys)))
     else:
         del module.tuned
@@ -50,31 +52,41 @@ class Added(Handle):
     def __init__(self, parts, undo):
         super().__init__(*undo)
         self.parts = parts
-    def __repr__(self): return f"Added({len(self.parts)} parts, {sum(map(len, self.parts.values())):,} parameters)"
+    def __repr__(self):
+        n = sum(map(len, self.parts.values()))
+        return f"Added({len(self.parts)} parts, {n:,} parameters)"
 
 def _put(tower, slot, part):
     "Add one part, and return what takes it off."
-    name,module = slot.name.rpartition('.')[2],slot.module
-    if name in getattr(module, 'tuned', {}):
-        raise OpenTransError(f"'{slot.name}' has a {module.tuned[name].kind} already. Merge it or remove it first.")
-    owners = [m for m in tower.modules() if isinstance(m, nn.MultiheadAttention) and m.out_proj is module]
-    for m in (owners if _must_call(part) else []): _dress(m)
+    name = slot.name.rpartition('.')[2]
+    module = slot.module
+    tuned = getattr(module, 'tuned', {})
+    if name in tuned:
+        raise OpenTransError(f"'{slot.name}' has a {tuned[name].kind} already. Merge it or remove it first.")
+    is_called = _must_call(part)
+    owners = _owners(tower, module, nn.MultiheadAttention)
+    if is_called:
+        for owner in owners: _dress(owner)
     _dress(module, [slot.key] if part.merges else [])
     module.tuned[name] = part
     # tells PyTorch's fast path to call the module
-    hook = module.register_forward_pre_hook(lambda m, a: None) if _must_call(part) else None
+    hook = module.register_forward_pre_hook(lambda m, a: None) if is_called else None
     def off():
-        if name in getattr(module, 'tuned', {}) and module.tuned[name] is part: _take(tower, module, name, owners)
+        tuned = getattr(module, 'tuned', {})
+        if name in tuned and tuned[name] is part: _take(tower, module, name, owners)
         if hook is not None: hook.remove()
     return off
+
+def _owners(tower, module, kind):
+    "The attentions of a kind whose last projection this module is."
+    return [m for m in tower.modules() if isinstance(m, kind) and m.out_proj is module]
 
 def _take(tower, module, name, owners=None):
     del module.tuned[name]
     _undress(module)
-    for m in [m
-              for m in tower.modules()
-              if isinstance(m, _TunableAttention) and m.out_proj is module] if owners is None else owners:
-        if isinstance(m, Tunable): _undress(m)
+    if owners is None: owners = _owners(tower, module, _TunableAttention)
+    for owner in owners:
+        if isinstance(owner, Tunable): _undress(owner)
 
 # %% ../../nbs/vit/60_peft.ipynb #d4741203
 def _with_wholes(there):
@@ -82,53 +94,68 @@ def _with_wholes(there):
     res = dict(there)
     for s in there.values():
         whole = s.name.split('[')[0]
-        if s.rows is not None:
-            res.setdefault(whole, Slot(whole, s.module, s.key, 'linear' if s.param.dim() > 1 else 'vector'))
+        if s.rows is None or whole in res: continue
+        kind = 'linear' if s.param.dim() > 1 else 'vector'
+        res[whole] = Slot(whole, s.module, s.key, kind)
     return res
 
 def _all_of(model, kinds):
     "All slots of some kinds. Those to which nothing can be added are left out, with a warning."
     chosen = [s for s in slots(model).values() if s.kind in kinds]
     left = [s.name for s in chosen if why_not_tunable(s.param)]
-    left += [layer.name
-             for layer in layers(model) if layer.module._parameters.get(layer.key.rpartition('.')[2]) is None]
+    for layer in layers(model):
+        key = layer.key.rpartition('.')[2]
+        if layer.module._parameters.get(key) is None: left.append(layer.name)
     if left:
+        names = ', '.join(left[:6])
         warnings.warn(
             f"{len(left)} layers are left out, because they are quantized or computed by a parametrisation: "
-            f"{', '.join(left[:6])}.")
+            f"{names}.")
     return [s for s in chosen if s.name not in left]
+
+def _is_computed(module, key):
+    "Is a tensor of a module neither a parameter nor a buffer, but made from others?"
+    if not isinstance(getattr(module, key, None), torch.Tensor): return False
+    return key not in module._parameters and key not in module._buffers
 
 def _find_slot(model, name, there):
     "The name of the slot that is meant. Raises `OpenTransError` for one that is not there."
     path, _, key = str(name).split('[')[0].rpartition('.')
-    module = dict(bare_modules(find_tower(model))).get(path)
-    other = (isinstance(getattr(module, key, None), torch.Tensor) and key not in module._parameters
-             and key not in module._buffers)
-    if name not in there and other: raise _no_parameter(name, module, key)
-    if module is not None and isinstance(module._parameters.get(key), UninitializedTensorMixin):
-        raise OpenTransError(
-            f"'{name}' {why_not_tunable(module._parameters[key])}. Call the model on a batch first.")
-    return find_names([name], there, 'tensors')[name]
+    modules = dict(bare_modules(find_tower(model)))
+    module = modules.get(path)
+    if name not in there and _is_computed(module, key): raise _no_parameter(name, module, key)
+    p = None if module is None else module._parameters.get(key)
+    if isinstance(p, UninitializedTensorMixin):
+        raise OpenTransError(f"'{name}' {why_not_tunable(p)}. Call the model on a batch first.")
+    found = find_names([name], there, 'tensors')
+    return found[name]
+
+def _hits(model, name, there):
+    "The names of slots that a name or a pattern means. Raises `OpenTransError` where there are none."
+    if '*' in name or '?' in name: hits = [k for k in slots(model) if match_pattern(k, name)]
+    else: hits = [_find_slot(model, name, there)]
+    if hits: return hits
+    first = ', '.join(list(there)[:6])
+    raise OpenTransError(
+        f"No tensor matches '{name}'. The model has: {first} ...; slots(model) lists all.")
 
 def _wanted(model, names, kinds=None):
     """The slots for names, patterns with `*`, or all of some kinds. Raises `OpenTransError` for a name that is not
     there."""
     there = _with_wholes(slots(model))
     if names is None: return _all_of(model, kinds)
-    names,res = [names] if isinstance(names, str) else list(names),{}
-    for n in names:
-        if '*' in n or '?' in n: hits = [k for k in slots(model) if match_pattern(k, n)]
-        else: hits = [_find_slot(model, n, there)]
-        if not hits:
-            raise OpenTransError(
-                f"No tensor matches '{n}'. The model has: {', '.join(list(there)[:6])} ...; slots(model) lists all.")
-        res.update((h, there[h]) for h in hits if '*' not in n or not kinds or there[h].kind in kinds)
-    twice = [s.name
-             for s in res.values()
-             if sum(p is s.param for m in find_tower(model).modules() for p in m._parameters.values()) > 1]
+    names = [names] if isinstance(names, str) else list(names)
+    res = {}
+    for name in names:
+        takes_any = '*' not in name or not kinds
+        for hit in _hits(model, name, there):
+            if takes_any or there[hit].kind in kinds: res[hit] = there[hit]
+    holders = [p for m in find_tower(model).modules() for p in m._parameters.values()]
+    twice = [s.name for s in res.values() if sum(p is s.param for p in holders) > 1]
     if twice:
+        listed = ', '.join(twice[:6])
         raise OpenTransError(
-            f"{len(twice)} of these tensors are shared by several modules: {', '.join(twice[:6])}. An update would "
+            f"{len(twice)} of these tensors are shared by several modules: {listed}. An update would "
             f"reach only one of them; leave them out.")
     return list(res.values())
 
@@ -137,14 +164,16 @@ def _add(model, chosen, make, freeze):
     tower = find_tower(model)
     check_shaped(tower)
     before = trained_flags(tower)
-    made,undo = {s.name: make(s) for s in chosen},[lambda: restore_flags(before)]
+    made = {s.name: make(s) for s in chosen}
+    undo = [lambda: restore_flags(before)]
     try:
         for s in chosen: undo.append(_put(tower, s, made[s.name]))
     except OpenTransError:
         Handle(*undo).remove()
         raise
     if freeze:
-        ours = {id(p) for m in tower.modules() if isinstance(m, Part) for p in m.parameters()}
+        parts = [m for m in tower.modules() if isinstance(m, Part)]
+        ours = {id(p) for part in parts for p in part.parameters()}
         for p in tower.parameters():
             if id(p) not in ours: p.requires_grad_(False)
     return Added(made, undo)
@@ -164,8 +193,11 @@ def trained_flags(
 )->list: # (module, name of the parameter in it, does it learn?)
     """Which parameters learn. They are held by place, so that `load_state_dict(assign=True)`, which puts others
     there, does not matter."""
-    return [(module, key, p.requires_grad) for module in model.modules()
-            for key, p in module._parameters.items() if p is not None]
+    res = []
+    for module in model.modules():
+        for key,p in module._parameters.items():
+            if p is not None: res.append((module, key, p.requires_grad))
+    return res
 
 def restore_flags(
     flags:list, # What `trained_flags` gave
@@ -173,7 +205,8 @@ def restore_flags(
     "Let the parameters at these places learn or rest as before. Places that are gone are left out."
     for module, key, learns in flags:
         p = module._parameters.get(key)
-        if p is not None and (p.is_floating_point() or p.is_complex()): p.requires_grad_(learns)
+        if p is None: continue
+        if p.is_floating_point() or p.is_complex(): p.requires_grad_(learns)
 
 # %% ../../nbs/vit/60_peft.ipynb #64bb8197
 _MATRICES = ('conv', 'linear', 'attention')
@@ -183,8 +216,25 @@ def takes(
 )->list: # Some of `'lora'` and `'adapter'`
     """Which structured modules a tensor can take: an update of low rank any matrix, an adapter only what stands
     behind a Linear, a Conv2d or an attention."""
+    if not slot.ismatrix: return []
     behind = isinstance(slot.module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))
-    return (['lora', 'adapter'] if behind else ['lora']) if slot.ismatrix else []
+    return ['lora', 'adapter'] if behind else ['lora']
+
+def _check_lora(chosen, r):
+    "Raises `OpenTransError` for tensors that are no matrices, and ranks of tensors that are not chosen."
+    odd = [s.name for s in chosen if not s.ismatrix]
+    if odd:
+        listed = ', '.join(odd[:6])
+        raise OpenTransError(
+            f"{len(odd)} of these are no matrices: {listed}. For vectors take add_sparse.")
+    if not isinstance(r, dict): return
+    names = {s.name for s in chosen}
+    lost = [str(n) for n in r if n not in names]
+    if lost:
+        listed = ', '.join(lost[:6])
+        raise OpenTransError(
+            f"r has ranks for {len(lost)} tensors that are not chosen: {listed}. Use the "
+            f"names that slots(model) lists.")
 
 def add_lora(
     model:nn.Module, # Changed in place; names are read in its tower
@@ -198,20 +248,14 @@ def add_lora(
 )->Added: # Handle: `.parts` by name, `.remove()`; a context manager
     """Add low-rank updates by name. Raises `OpenTransError` for names that are not there, shared, taken, or no
     matrices."""
-    chosen = _wanted(model, r if names is None and isinstance(r, dict) else names, _MATRICES)
-    odd = [s.name for s in chosen if not s.ismatrix]
-    if odd:
-        raise OpenTransError(
-            f"{len(odd)} of these are no matrices: {', '.join(odd[:6])}. For vectors take add_sparse.")
-    lost = [n for n in r if n not in {s.name for s in chosen}] if isinstance(r, dict) else []
-    if lost:
-        raise OpenTransError(
-            f"r has ranks for {len(lost)} tensors that are not chosen: {', '.join(map(str, lost[:6]))}. Use the "
-            f"names that slots(model) lists.")
-    def rank(s): return r.get(s.name, 8) if isinstance(r, dict) else r
-    def masked(s): return masks[s.name] if masks is not None and s.name in masks else None
-    with seeded(seed):
-        return _add(model, chosen, lambda s: LoRALinear(s, rank(s), dropout, drop_path, masked(s)), freeze)
+    if names is None and isinstance(r, dict): names = r
+    chosen = _wanted(model, names, _MATRICES)
+    _check_lora(chosen, r)
+    def part(slot):
+        rank = r.get(slot.name, 8) if isinstance(r, dict) else r
+        mask = masks[slot.name] if masks is not None and slot.name in masks else None
+        return LoRALinear(slot, rank, dropout, drop_path, mask)
+    with seeded(seed): return _add(model, chosen, part, freeze)
 
 def add_adapters(
     model:nn.Module, # Changed in place; names are read in its tower
@@ -227,10 +271,12 @@ def add_adapters(
     chosen = _wanted(model, names, _MATRICES)
     odd = [s.name for s in chosen if 'adapter' not in takes(s)]
     if odd:
+        listed = ', '.join(odd[:6])
         raise OpenTransError(
             f"An adapter stands behind a Linear, a Conv2d or a projection of an attention, not behind "
-            f"{', '.join(odd[:6])}.")
-    with seeded(seed): return _add(model, chosen, lambda s: SequentialAdapter(s, r, dropout, drop_path), freeze)
+            f"{listed}.")
+    def part(slot): return SequentialAdapter(slot, r, dropout, drop_path)
+    with seeded(seed): return _add(model, chosen, part, freeze)
 
 def add_sparse(
     model:nn.Module, # Changed in place; names are read in its tower
@@ -241,7 +287,8 @@ def add_sparse(
     taken, and masks that do not fit."""
     chosen = {n: _wanted(model, [n])[0] for n in masks}
     given = {s.name: masks[n] for n,s in chosen.items()}
-    return _add(model, list(chosen.values()), lambda s: SparseDelta(s, torch.as_tensor(given[s.name])), freeze)
+    def part(slot): return SparseDelta(slot, torch.as_tensor(given[slot.name]))
+    return _add(model, list(chosen.values()), part, freeze)
 
 # %% ../../nbs/vit/60_peft.ipynb #3e58e185
 @torch.no_grad()
@@ -250,8 +297,10 @@ def merge_peft(
 )->nn.Module: # The same, of plain modules (adapters stay)
     "Write all updates of weights into the weights, and take the parts off."
     tower = find_tower(model)
-    for module in [m for m in tower.modules() if isinstance(m, Tunable)]:
-        for name,part in [(n, p) for n,p in module.tuned.items() if p.merges]:
+    changed = [m for m in tower.modules() if isinstance(m, Tunable)]
+    for module in changed:
+        parts = [(n, p) for n,p in module.tuned.items() if p.merges]
+        for name,part in parts:
             w = module._parameters[part.key]
             w.copy_(part.onto(w))
             _take(tower, module, name)
@@ -264,25 +313,35 @@ def _of_head(model, heads):
     ends = [*find_heads(model, heads, warn=False), *ends_of(model)]
     return {id(p) for n,p in tower.named_parameters() if is_of_head(n, ends)}
 
+def _tensor_of(name):
+    "The tensor that a part changes, from the name of a parameter of the part; None for one of the model."
+    if '.tuned.' in name: path,_,rest = name.partition('.tuned.')
+    elif name.startswith('tuned.'): path,rest = '',name.removeprefix('tuned.')
+    else: return None
+    key = rest.rpartition('.')[0]
+    return f'{path}.{key}'.strip('.')
+
 def trainable_report(
     model:nn.Module, # With or without added parts
     heads=None, # Modules that are not counted as body; None asks the model (`find_heads`)
 )->pd.DataFrame: # Columns `tensor`, `class`, `count`, `share`: of the body's parameters
     "What a model trains: one row a tensor, of class lora, adapter, sparse, full or head."
-    rows = {}
+    counts = {}
     body = 0
     ends = _of_head(model, heads)
     for name,p in model.named_parameters():
-        path,inside,rest = (name.partition('.tuned.') if '.tuned.' in name else ('', 'tuned.', name[6:])
-                            if name.startswith('tuned.') else (name, '', ''))
-        if inside:
-            key = '.'.join(filter(None, [path, rest.rpartition('.')[0]]))
-            kind = model.get_submodule(name.rpartition('.')[0]).kind
+        tensor = _tensor_of(name)
+        if tensor is not None:
+            part = name.rpartition('.')[0]
+            kind = model.get_submodule(part).kind
         else:
-            key,kind = name,'head' if id(p) in ends else 'full'
-            body += 0 if id(p) in ends else p.numel()
-        if p.requires_grad: rows[key, kind] = rows.get((key, kind), 0) + p.numel()
-    t = pd.DataFrame([(*k, n) for k,n in rows.items()], columns=['tensor', 'class', 'count'])
+            tensor = name
+            kind = 'head' if id(p) in ends else 'full'
+            if kind == 'full': body += p.numel()
+        row = tensor,kind
+        if p.requires_grad: counts[row] = counts.get(row, 0) + p.numel()
+    rows = [(tensor, kind, n) for (tensor,kind),n in counts.items()]
+    t = pd.DataFrame(rows, columns=['tensor', 'class', 'count'])
     t['share'] = t['count']/max(1, body)
     t.attrs.update(body=body, trained=int(t['count'].sum()))
     return t

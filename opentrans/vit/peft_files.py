@@ -41,14 +41,33 @@ def _own_parameters(tower):
 
 def _state(tower):
     "What a model keeps of what it has seen: running means and variances, and how many batches they are of."
-    inside = {id(b) for m in tower.modules() if isinstance(m, Part) for b in m.buffers()}
-    kept = {f'{n}.{k}'.lstrip('.'): b for n,m in bare_modules(tower)
-            for k,b in m._buffers.items() if b is not None and k not in m._non_persistent_buffers_set}
-    return {n: b for n,b in kept.items() if id(b) not in inside and (b.is_floating_point() or b.ndim == 0)}
+    parts = [m for m in tower.modules() if isinstance(m, Part)]
+    inside = {id(b) for part in parts for b in part.buffers()}
+    res = {}
+    for at,module in bare_modules(tower):
+        for key,b in module._buffers.items():
+            if b is None or id(b) in inside: continue
+            if key in module._non_persistent_buffers_set: continue
+            if not b.is_floating_point() and b.ndim > 0: continue
+            name = f'{at}.{key}'.lstrip('.')
+            res[name] = b
+    return res
 
 def _all_parts(tower):
-    return {'.'.join(filter(None, [n, k])): p for n,m in bare_modules(tower) if isinstance(m, Tunable)
-            for k,p in m.tuned.items()}
+    "The parts of a model by the name of their tensor."
+    res = {}
+    for at,module in bare_modules(tower):
+        if not isinstance(module, Tunable): continue
+        for key,part in module.tuned.items():
+            name = f'{at}.{key}' if at else key
+            res[name] = part
+    return res
+
+def _about(part):
+    "What a file says of a part."
+    r = getattr(part, 'r', None)
+    if not r: r = len(part.V) if part.kind == 'adapter' else 0
+    return dict(kind=part.kind, r=r, dropout=part.dropout, drop_path=part.drop_path)
 
 def save_added(
     model:nn.Module, # With parts
@@ -59,13 +78,14 @@ def save_added(
     not at all."""
     tower = find_tower(model)
     made = _all_parts(tower)
-    about = {n: dict(kind=p.kind, r=getattr(p, 'r', None) or (len(p.V) if p.kind == 'adapter' else 0),
-                     dropout=p.dropout, drop_path=p.drop_path) for n,p in made.items()}
-    tensors = {f'part:{n}:{k}': t for n,p in made.items() for k,t in p.state_dict().items()}
-    inside = {id(q) for p in made.values() for q in p.parameters()}
-    tensors.update((f'full:{n}', p)
-                   for n,p in _own_parameters(tower).items() if p.requires_grad and id(p) not in inside)
-    tensors.update((f'state:{n}', b) for n,b in _state(tower).items())
+    about = {name: _about(part) for name,part in made.items()}
+    tensors = {}
+    for name,part in made.items():
+        for key,t in part.state_dict().items(): tensors[f'part:{name}:{key}'] = t
+    inside = {id(p) for part in made.values() for p in part.parameters()}
+    for name,p in _own_parameters(tower).items():
+        if p.requires_grad and id(p) not in inside: tensors[f'full:{name}'] = p
+    for name,b in _state(tower).items(): tensors[f'state:{name}'] = b
     check_finite(tensors, 'nothing is saved', 'The training has diverged: use a smaller learning rate.')
     save_tensors(tensors, path, dict(metadata, parts=about), PARTS_FILE)
 
@@ -86,12 +106,18 @@ def load_added(
     places = find_names(about, there, 'saved parts') if about else {}
     names = {place: n for n, place in places.items()}
     chosen = _wanted(model, list(names)) if names else []
-    made = {s.name: _from_state(s, about[names[s.name]], states[names[s.name]], path) for s in chosen}
-    own = _own_parameters(find_tower(model))
+    made = {}
+    for slot in chosen:
+        saved = names[slot.name]
+        made[slot.name] = _from_state(slot, about[saved], states[saved], path)
+    tower = find_tower(model)
+    own = _own_parameters(tower)
     kept = strip_prefix('state:', tensors)
-    here = _state(find_tower(model))
-    check_like(full, {n: own[n] for n in full if n in own}, path, 'trained parameters')
-    check_like(kept, {n: here[n] for n in kept if n in here}, path, 'running statistics')
+    here = _state(tower)
+    own_full = {n: own[n] for n in full if n in own}
+    own_kept = {n: here[n] for n in kept if n in here}
+    check_like(full, own_full, path, 'trained parameters')
+    check_like(kept, own_kept, path, 'running statistics')
     added = _add(model, chosen, lambda slot: made[slot.name], freeze)
     for n, t in full.items():
         own[n].copy_(t)
@@ -109,35 +135,50 @@ def _from_state(slot, about, state, path):
             f"another base?") from error
     if about['kind'] == 'sparse':
         mask = torch.zeros(slot.matrix, dtype=torch.bool)
-        mask[tuple(state['idx'])] = True
+        places = tuple(state['idx'])
+        mask[places] = True
         part = SparseDelta(slot, mask.view(slot.shape))
     else:
-        kw = dict(mask=state['mask']) if 'mask' in state else {}
-        cls = dict(lora=LoRALinear, adapter=SequentialAdapter)[about['kind']]
-        part = cls(slot, about['r'], about['dropout'], about['drop_path'], **kw)
+        masked = dict(mask=state['mask']) if 'mask' in state else {}
+        kinds = dict(lora=LoRALinear, adapter=SequentialAdapter)
+        cls = kinds[about['kind']]
+        part = cls(slot, about['r'], about['dropout'], about['drop_path'], **masked)
     check_like(state, part.state_dict(), path, f"numbers of the part for '{slot.name}'")
     part.load_state_dict(state)
     return part
 
 def _check_state(slot, about, state):
     "Check what decides on the size of a part, before one is made. Raises `ValueError` and others."
-    (n, m), size = slot.matrix, math.prod(slot.shape)
-    if about['kind'] == 'sparse':
-        idx = state['idx']
-        if idx.dtype != torch.int64 or idx.ndim != 2 or len(idx) != 2 or not idx.numel():
-            raise ValueError('its entries are no pairs of numbers')
-        if int(idx.min()) < 0 or int(idx[0].max()) >= n or int(idx[1].max()) >= m:
-            raise ValueError('its entries lie outside')
-        if not bool((idx[0]*m + idx[1]).diff().gt(0).all()): raise ValueError('its entries are not in order')
-    elif state[dict(lora='A', adapter='V')[about['kind']]].shape[:1] != (about['r'],):
-        raise ValueError(f"its rank is not {about['r']}")
-    if 'mask' in state and (state['mask'].dtype != torch.bool or state['mask'].numel() != size):
+    kind = about['kind']
+    if kind == 'sparse': _check_entries(state['idx'], *slot.matrix)
+    else:
+        factor = dict(lora='A', adapter='V')[kind]
+        rank = state[factor].shape[:1]
+        if rank != (about['r'],): raise ValueError(f"its rank is not {about['r']}")
+    if 'mask' not in state: return
+    mask = state['mask']
+    size = math.prod(slot.shape)
+    if mask.dtype != torch.bool or mask.numel() != size:
         raise ValueError('its mask is of another shape')
+
+def _check_entries(idx, n, m):
+    "Raises `ValueError` for places that are not those of single entries of an (n, m) matrix, in order."
+    are_pairs = idx.dtype == torch.int64 and idx.ndim == 2 and len(idx) == 2
+    if not are_pairs or not idx.numel():
+        raise ValueError('its entries are no pairs of numbers')
+    rows,columns = idx
+    last_row = int(rows.max())
+    last_column = int(columns.max())
+    if int(idx.min()) < 0 or last_row >= n or last_column >= m:
+        raise ValueError('its entries lie outside')
+    steps = (rows*m + columns).diff()
+    if not bool(steps.gt(0).all()): raise ValueError('its entries are not in order')
 
 def _split_saved(tensors, about, path):
     """The tensors of a file by part, and those of parameters that were trained in full. Raises `DamagedFile` for
     tensors of no part."""
-    states, full = {n: {} for n in about}, strip_prefix('full:', tensors)
+    states = {n: {} for n in about}
+    full = strip_prefix('full:', tensors)
     for name, tensor in tensors.items():
         _, _, rest = name.partition('part:')
         part, _, key = rest.rpartition(':')
@@ -151,36 +192,67 @@ def _split_saved(tensors, about, path):
 def _whole_lora(parts, module, key='weight'):
     "The low-rank updates of a module's parts as one of the whole: (A, B)."
     n = module._parameters[key].shape[0]
-    Bs = [p.B if p.rows is None else F.pad(p.B, (0, 0, p.rows[0], n-p.rows[1])) for p in parts]
-    return torch.cat([p.A for p in parts]),torch.cat(Bs, 1)
+    def padded(part):
+        if part.rows is None: return part.B
+        first,last = part.rows
+        return F.pad(part.B, (0, 0, first, n-last))
+    B = torch.cat([padded(part) for part in parts], 1)
+    A = torch.cat([part.A for part in parts])
+    return A,B
 
 def _hf_lora(name, module):
     "A module's low-rank updates as peft names them: (rank, tensors, the parts that are in them)."
-    parts = [p for p in getattr(module, 'tuned', {}).values() if _hf_ready(p)]
-    if (not parts
-        or not isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, 'in_proj_weight', None) is None):
-        return 0,{},[]
-    A,B = _whole_lora(parts, module, 'in_proj_weight' if isinstance(module, nn.MultiheadAttention) else 'weight')
+    tuned = getattr(module, 'tuned', {})
+    parts = [p for p in tuned.values() if _hf_ready(p)]
+    is_packed = getattr(module, 'in_proj_weight', None) is not None
+    is_map = isinstance(module, (nn.Linear, nn.Conv2d))
+    if not parts or not is_map and not is_packed: return 0,{},[]
+    is_attention = isinstance(module, nn.MultiheadAttention)
+    A,B = _whole_lora(parts, module, 'in_proj_weight' if is_attention else 'weight')
     if isinstance(module, nn.Conv2d):
-        A,B = A.view(len(A), *module._parameters['weight'].shape[1:]),B[:, :, None, None]
-    ts = {f'{name}.lora_A': A, f'{name}.lora_B': B}
+        kernel = module._parameters['weight'].shape[1:]
+        A = A.view(len(A), *kernel)
+        B = B[:, :, None, None]
+    tensors = {f'{name}.lora_A': A, f'{name}.lora_B': B}
     # peft updates its last projection as well: by zero
-    if isinstance(module, nn.MultiheadAttention):
+    if is_attention:
         w = module.out_proj._parameters['weight']
-        ts.update({f'{name}.base_layer.out_proj.lora_A': w.new_zeros(len(A), w.shape[1]),
-                   f'{name}.base_layer.out_proj.lora_B': w.new_zeros(len(w), len(A))})
-    return len(A),ts,parts
+        inner = f'{name}.base_layer.out_proj'
+        outputs,inputs = w.shape
+        tensors[f'{inner}.lora_A'] = w.new_zeros(len(A), inputs)
+        tensors[f'{inner}.lora_B'] = w.new_zeros(outputs, len(A))
+    return len(A),tensors,parts
 
 def _hf_ready(part): return part.kind == 'lora' and part.light
 
 # %% ../../nbs/vit/60b_peft_files.ipynb #32fff7b8
 def _hf_place(at, targets):
     "What peft calls a module when it, or the attention around it, has a low-rank update."
+    if at in targets: return f'{at}.base_layer'
     outer = at.removesuffix('.out_proj')
-    return (f'{at}.base_layer' if at in targets else f'{outer}.base_layer.out_proj.base_layer' if outer in targets
-            else at)
+    return f'{outer}.base_layer.out_proj.base_layer' if outer in targets else at
 
 def _as_read(module, key): return module.effective(key) if isinstance(module, Tunable) else module._parameters[key]
+
+def _not_said(module, key, said):
+    "The parts of a parameter that are not among these."
+    tuned = getattr(module, 'tuned', {})
+    def is_said(part): return any(part is one for one in said)
+    return [part for part in tuned.values() if part.key == key and not is_said(part)]
+
+def _is_norm(module):
+    "Is this a batch norm with running statistics, and nothing added to it?"
+    if not isinstance(module, BATCH_NORMS) or module.running_mean is None: return False
+    return not isinstance(module, Tunable)
+
+def _as_whole(at, module):
+    "The parameters and buffers of a module, by name."
+    res = {}
+    for key,p in module._parameters.items():
+        if p is not None: res[f'{at}.{key}'] = _as_read(module, key)
+    for key,b in module._buffers.items():
+        if b is not None: res[f'{at}.{key}'] = b
+    return res
 
 def _hf_rest(tower, targets, said):
     """What is trained besides: (tensors of biases and whole modules, names of these modules, names of what has no
@@ -191,24 +263,20 @@ def _hf_rest(tower, targets, said):
     modules = dict(bare_modules(tower))
     for at,module in modules.items():
         if isinstance(module, Part): continue
+        children = [n for n,_ in module.named_children() if n != 'tuned']
+        alone = at and at not in targets and not children
+        has_bias = isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))
         for key,p in module._parameters.items():
-            parts = [q
-                     for q in getattr(module, 'tuned', {}).values()
-                     if q.key == key and not any(q is t for t in said)]
+            parts = _not_said(module, key, said)
             if p is None or not (p.requires_grad or parts): continue
-            alone = at and at not in targets and not [n for n,_ in module.named_children() if n != 'tuned']
-            if any(not q.merges for q in parts): lost.append(f'{at}.{key} (adapter)')
-            elif key.endswith('bias') and isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
-                tensors[f'{_hf_place(at, targets)}.{key}'] = _as_read(module, key)
+            if any(not part.merges for part in parts): lost.append(f'{at}.{key} (adapter)')
+            elif has_bias and key.endswith('bias'):
+                place = _hf_place(at, targets)
+                tensors[f'{place}.{key}'] = _as_read(module, key)
             elif alone and (p.requires_grad or p.dim() == 1): whole.add(at)
             else: lost.append(f"{at}.{key}".lstrip('.'))
-    whole |= {at
-              for at,m in modules.items()
-              if at and isinstance(m, BATCH_NORMS) and m.running_mean is not None and not isinstance(m, Tunable)}
-    for at in whole:
-        m = modules[at]
-        tensors.update({f'{at}.{k}': _as_read(m, k) for k,p in m._parameters.items() if p is not None}
-                       | {f'{at}.{k}': b for k,b in m._buffers.items() if b is not None})
+    whole |= {at for at,m in modules.items() if at and _is_norm(m)}
+    for at in whole: tensors.update(_as_whole(at, modules[at]))
     return tensors,sorted(whole),lost
 
 # %% ../../nbs/vit/60b_peft_files.ipynb #64101349
@@ -220,21 +288,32 @@ def _hf_all(tower):
     said = []
     modules = dict(bare_modules(tower))
     for name,module in modules.items():
-        if (name.endswith('.out_proj')
-            and isinstance(modules.get(name.removesuffix('.out_proj')), nn.MultiheadAttention)):
-            continue
-        r,ts,parts = _hf_lora(name, module)
-        if r:
-            rank[name] = r
-            tensors.update({f'{k}.weight': t for k,t in ts.items()})
-            said += parts
-    return rank,tensors,said,*_hf_rest(tower, rank, said)
+        outer = modules.get(name.removesuffix('.out_proj'))
+        if name.endswith('.out_proj') and isinstance(outer, nn.MultiheadAttention): continue
+        r,factors,parts = _hf_lora(name, module)
+        if not r: continue
+        rank[name] = r
+        for key,t in factors.items(): tensors[f'{key}.weight'] = t
+        said += parts
+    rest,whole,lost = _hf_rest(tower, rank, said)
+    return rank,tensors,said,rest,whole,lost
 
 def huggingface_gaps(
     model:nn.Module, # With parts, trained or not
 )->list: # Names of trained tensors, with what they are where that is the reason
     "What `to_huggingface` could not write of a model: asked before the training, nothing is lost after it."
-    return _hf_all(find_tower(model))[-1]
+    *_,lost = _hf_all(find_tower(model))
+    return lost
+
+def _hf_settings(rank, said, rest, whole, base):
+    "peft's configuration for low-rank updates of these ranks."
+    exact = {f'^{re.escape(n)}$': r for n,r in rank.items()}
+    dropout = max((part.dropout for part in said), default=0.)
+    has_bias = any('bias' in name for name in rest)
+    return dict(peft_type='LORA', task_type=None, base_model_name_or_path=base, r=8, lora_alpha=8,
+                target_modules=list(rank), rank_pattern=exact, alpha_pattern=exact, lora_dropout=dropout,
+                bias='all' if has_bias else 'none', modules_to_save=whole or None, inference_mode=True,
+                init_lora_weights=True, use_rslora=False, use_dora=False, fan_in_fan_out=False)
 
 def to_huggingface(
     model:nn.Module, # With parts
@@ -252,18 +331,14 @@ def to_huggingface(
         raise OpenTransError(
             "peft needs a module with a name to update. Put the model into one, e.g. nn.Sequential(model).")
     if lost and not partial:
+        names = ', '.join(lost[:6])
         raise OpenTransError(
-            f"peft's format has no word for {len(lost)} trained tensors: {', '.join(lost[:6])}. Pass partial=True "
+            f"peft's format has no word for {len(lost)} trained tensors: {names}. Pass partial=True "
             f"to leave them out, or keep all with save_added.")
-    exact = {f'^{re.escape(n)}$': r for n,r in rank.items()}
-    config = dict(peft_type='LORA', task_type=None, base_model_name_or_path=base, r=8, lora_alpha=8,
-                  target_modules=list(rank), rank_pattern=exact, alpha_pattern=exact,
-                  lora_dropout=max((p.dropout for p in said), default=0.),
-                  bias='all' if any('bias' in k for k in rest) else 'none', modules_to_save=whole or None,
-                  inference_mode=True, init_lora_weights=True, use_rslora=False, use_dora=False,
-                  fan_in_fan_out=False)
-    save_tensors({f'base_model.model.{k}': t for k,t in {**tensors, **rest}.items()},
-                 Path(folder)/'adapter_model.safetensors', dict(format='pt'))
+    config = _hf_settings(rank, said, rest, whole, base)
+    every = {**tensors, **rest}
+    named = {f'base_model.model.{k}': t for k,t in every.items()}
+    save_tensors(named, Path(folder)/'adapter_model.safetensors', dict(format='pt'))
     save_json(config, Path(folder)/'adapter_config.json')
     return lost
 
@@ -275,14 +350,17 @@ def _hf_config(folder):
     method = config.get('peft_type')
     odd = [k for k in _HF_ODD if config.get(k)]
     if method != 'LORA' or odd:
+        more = ' with ' + ', '.join(odd) if odd else ''
         raise OpenTransError(
-            f"'{folder}' holds {shorten(method, 40)}{' with ' + ', '.join(odd) if odd else ''}; only plain LORA "
+            f"'{folder}' holds {shorten(method, 40)}{more}; only plain LORA "
             f"can be read here.")
     check_shape(config, _HFConfig, f"'{path}'")
-    check_number(f"lora_dropout of '{path}'", config.get('lora_dropout', 0.), 0, 1, below=True)
-    for name, alpha in [('lora_alpha', config['lora_alpha']), *(config.get('alpha_pattern') or {}).items()]:
-        check_number(f"{shorten(name)} of '{path}'", alpha)
-    for pattern in config.get('alpha_pattern') or {}: _check_pattern(pattern, path)
+    dropout = config.get('lora_dropout', 0.)
+    check_number(f"lora_dropout of '{path}'", dropout, 0, 1, below=True)
+    patterns = config.get('alpha_pattern') or {}
+    factors = [('lora_alpha', config['lora_alpha']), *patterns.items()]
+    for name,alpha in factors: check_number(f"{shorten(name)} of '{path}'", alpha)
+    for pattern in patterns: _check_pattern(pattern, path)
     return config
 
 _HF_ODD = ('use_dora', 'lora_bias', 'use_qalora', 'use_bdlora', 'fan_in_fan_out', 'layer_replication',
@@ -298,54 +376,80 @@ class _HFConfig(TypedDict):
 def _check_pattern(pattern, path):
     """Names in a configuration are regular expressions. Raises `FormatError` for one that is wrong, or may take for
     ever."""
-    many = (len(re.findall(r'[*+{]|(?<!\()\?', pattern)) > 3 or re.search(r'\)[*+?{]', pattern)
-            or len(pattern) > 1000)
+    repeats = re.findall(r'[*+{]|(?<!\()\?', pattern)
+    is_nested = re.search(r'\)[*+?{]', pattern)
+    is_wrong = len(repeats) > 3 or is_nested or len(pattern) > 1000
     try: re.compile(pattern)
-    except (re.error, RecursionError, OverflowError): many = True
-    if many:
+    except (re.error, RecursionError, OverflowError): is_wrong = True
+    if is_wrong:
+        shown = shorten(repr(pattern))
         raise FormatError(
-            f"'{path}' has the pattern {shorten(repr(pattern))} among the names of alpha_pattern, which is not "
+            f"'{path}' has the pattern {shown} among the names of alpha_pattern, which is not "
             f"read here: write out the names.")
 
 def _hf_scale(c, name, r):
     "The factor on a module's update."
-    at = next((v for k,v in (c.get('alpha_pattern') or {}).items() if re.match(rf'(.*\.)?({k})$', name)),
-              c['lora_alpha'])
-    return at/(math.sqrt(r) if c.get('use_rslora') else r)
+    patterns = c.get('alpha_pattern') or {}
+    fitting = (alpha for pattern,alpha in patterns.items() if re.match(rf'(.*\.)?({pattern})$', name))
+    alpha = next(fitting, c['lora_alpha'])
+    size = math.sqrt(r) if c.get('use_rslora') else r
+    return alpha/size
 
 def _are_factors(A, B):
     "Are these the two factors of an update?"
-    return (A.is_floating_point() and B.is_floating_point() and min(A.ndim, B.ndim) > 1 and len(A) > 0
-            and B.flatten(1).shape[1] == len(A))
+    are_numbers = A.is_floating_point() and B.is_floating_point()
+    if not are_numbers or min(A.ndim, B.ndim) < 2: return False
+    rank = len(A)
+    return rank > 0 and B.flatten(1).shape[1] == rank
 
 def _hf_pairs(tensors, config, own, folder):
     """The low-rank updates: name of the parameter -> (A, B with its factor). Raises `OpenTransError` for those that
     are not whole."""
-    pairs, halves = {}, {k for k in tensors if '.lora_' in k}
-    for k, A in tensors.items():
-        if not k.endswith('.lora_A.weight'): continue
-        at = k.removesuffix('.lora_A.weight')
-        B = tensors.get(f'{at}.lora_B.weight')
-        halves -= {k, f'{at}.lora_B.weight'}
-        if B is None or not _are_factors(A, B): raise _hf_unfit([k], folder)
+    pairs = {}
+    halves = {k for k in tensors if '.lora_' in k}
+    for key,A in tensors.items():
+        if not key.endswith('.lora_A.weight'): continue
+        at = key.removesuffix('.lora_A.weight')
+        other = f'{at}.lora_B.weight'
+        B = tensors.get(other)
+        halves -= {key, other}
+        if B is None or not _are_factors(A, B): raise _hf_unfit([key], folder)
         if not A.any(): continue
         clean = at.replace('.base_layer', '')
-        name = next((n for n in (f'{clean}.weight', f'{clean}.in_proj_weight') if n in own), f'{clean}.weight')
-        pairs[name] = A.flatten(1),B.flatten(1)*_hf_scale(config,
-                                                          clean.removesuffix('.out_proj') if at != clean
-                                                          else clean, len(A))
+        module = clean if at == clean else clean.removesuffix('.out_proj')
+        is_packed = f'{clean}.weight' not in own and f'{clean}.in_proj_weight' in own
+        name = f'{clean}.in_proj_weight' if is_packed else f'{clean}.weight'
+        scale = _hf_scale(config, module, len(A))
+        pairs[name] = A.flatten(1),B.flatten(1)*scale
     if halves: raise _hf_unfit(sorted(halves), folder, 'are no part of a plain LORA')
     return pairs
 
 def _hf_unfit(names, folder, why='do not fit the model'):
+    listed = ', '.join(map(shorten, names[:6]))
     return OpenTransError(
-        f"{len(names)} tensors of '{folder}' {why}: {', '.join(map(shorten, names[:6]))}. Was it made for another "
+        f"{len(names)} tensors of '{folder}' {why}: {listed}. Was it made for another "
         f"base?")
 
 def _hf_fits(tensor, param):
     "Can a parameter take these values?"
     if param is None or param.shape != tensor.shape: return False
-    return (param.is_floating_point(), param.is_complex()) == (tensor.is_floating_point(), tensor.is_complex())
+    same_float = param.is_floating_point() == tensor.is_floating_point()
+    return same_float and param.is_complex() == tensor.is_complex()
+
+def _hf_pair_fits(A, B, param):
+    "Can a parameter take an update of these factors?"
+    if param is None or param.ndim < 2: return False
+    width = param[0].numel()
+    return len(B) == len(param) and A.shape[1] == width
+
+def _hf_full(tensors):
+    "The biases and whole modules in a file, by the name of the parameter."
+    res = {}
+    for key,t in tensors.items():
+        if '.lora_' in key or '.original_module' in key: continue
+        name = key.replace('.base_layer', '').replace('.modules_to_save', '')
+        res[name] = t
+    return res
 
 @torch.no_grad()
 def from_huggingface(
@@ -355,24 +459,28 @@ def from_huggingface(
 )->Added: # Handle: `.parts` by name, `.remove()` (biases and whole modules keep their new values)
     """Put a LoRA of Hugging Face's peft on a model. The base that it names is not fetched. Raises `OpenTransError`,
     with nothing changed, for other methods, and where it does not fit."""
-    config,(tensors,_) = _hf_config(folder),load_tensors(Path(folder)/'adapter_model.safetensors')
+    config = _hf_config(folder)
+    tensors,_ = load_tensors(Path(folder)/'adapter_model.safetensors')
     check_finite(tensors, f"the adapter in '{folder}'", 'It is of no use: take another.')
     tensors = {k.removeprefix('base_model.model.'): t for k,t in tensors.items()}
-    own = dict(find_tower(model).state_dict(keep_vars=True))
+    tower = find_tower(model)
+    own = dict(tower.state_dict(keep_vars=True))
     pairs = _hf_pairs(tensors, config, own, folder)
-    full = {k.replace('.base_layer', '').replace('.modules_to_save', ''): t
-            for k,t in tensors.items() if '.lora_' not in k and '.original_module' not in k}
+    full = _hf_full(tensors)
     bad = [n for n,t in full.items() if not _hf_fits(t, own.get(n))]
-    bad += [n
-            for n,(A,B) in pairs.items() if n not in own or own[n].ndim < 2
-            or (len(B), A.shape[1]) != (len(own[n]), own[n][0].numel())]
-    if bad: raise _hf_unfit(bad, folder)
-    added = add_lora(model, list(pairs), {n: len(A) for n,(A,_) in pairs.items()}, config.get('lora_dropout', 0.),
-                     freeze=freeze)
     for n,(A,B) in pairs.items():
-        added.parts[n].A.copy_(A)
-        added.parts[n].B.copy_(B)
+        if not _hf_pair_fits(A, B, own.get(n)): bad.append(n)
+    if bad: raise _hf_unfit(bad, folder)
+    ranks = {n: len(A) for n,(A,_) in pairs.items()}
+    dropout = config.get('lora_dropout', 0.)
+    added = add_lora(model, list(pairs), ranks, dropout, freeze=freeze)
+    for n,(A,B) in pairs.items():
+        part = added.parts[n]
+        part.A.copy_(A)
+        part.B.copy_(B)
     for n,t in full.items():
-        own[n].copy_(t)
-        own[n].requires_grad_(isinstance(own[n], nn.Parameter) and t.is_floating_point())
+        here = own[n]
+        here.copy_(t)
+        learns = isinstance(here, nn.Parameter) and t.is_floating_point()
+        here.requires_grad_(learns)
     return added

@@ -34,40 +34,64 @@ def candidates(
     """The tensors among which trainable parameters are allocated (thesis Sec. 2.3; the first layer, the head and
     parameters of the tower itself are left out)."""
     there = slots(model)
-    first = next((s.module for s in there.values() if s.ismatrix), None) if skip_first else None
+    matrices = [slot for slot in there.values() if slot.ismatrix]
+    first = matrices[0].module if skip_first and matrices else None
     ends = [*find_heads(model, heads), *ends_of(model)]
-    res = {n: s for n,s in there.items() if '.' in n and s.module is not first and not is_of_head(n, ends)}
-    left = [n for n, slot in res.items() if _no_gradient(slot.param)]
+    res = {}
+    left = []
+    for name,slot in there.items():
+        is_inside = '.' in name and slot.module is not first
+        if not is_inside or is_of_head(name, ends): continue
+        if _no_gradient(slot.param): left.append(name)
+        else: res[name] = slot
     if left:
+        names = ', '.join(left[:4])
         warnings.warn(
-            f"{len(left)} tensors are left out, because nothing can be trained in them: {', '.join(left[:4])}.")
-    res = {n: slot for n, slot in res.items() if n not in left}
+            f"{len(left)} tensors are left out, because nothing can be trained in them: {names}.")
     if not res:
+        tower = type(find_tower(model)).__name__
         raise OpenTransError(
-            f"{type(find_tower(model)).__name__} has no tensors to choose from besides its first layer and head. "
+            f"{tower} has no tensors to choose from besides its first layer and head. "
             f"Name some with names=[...].")
     return res
 
 def _no_gradient(param):
     "Why the sensitivities of a tensor cannot be taken, or ''."
-    return why_not_tunable(param) or ('is of complex numbers' if param.is_complex() else '')
+    why = why_not_tunable(param)
+    if why: return why
+    return 'is of complex numbers' if param.is_complex() else ''
+
+def _is_token(name): return name.rpartition('.')[2] in TOKENS and '.tuned.' not in name
 
 def _tokens(model):
-    return {n: p
-            for n,p in find_tower(model).named_parameters()
-            if n.rpartition('.')[2] in TOKENS and '.tuned.' not in n}
+    "The parameters that are always trained in full, by name."
+    tower = find_tower(model)
+    return {n: p for n,p in tower.named_parameters() if _is_token(n)}
 
 # %% ../../nbs/vit/61b_sensitivity.ipynb #f3235ab5
-def _length(batch): return next((len(t) for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim()), 0)
+def _length(batch):
+    "The number of samples: the length of the first tensor in a batch."
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor) and leaf.dim(): return len(leaf)
+    return 0
+
+def _each_sample(batch, of_tensor, of_list):
+    "A batch, of whose tensors and lists with a place for each sample these functions choose some."
+    n = _length(batch)
+    def choose(v):
+        has_samples = isinstance(v, torch.Tensor) and v.dim() and len(v) == n
+        return of_tensor(v) if has_samples else v
+    if not isinstance(batch, Mapping): return tree_map(choose, batch)
+    res = {}
+    for key,value in batch.items():
+        is_list = isinstance(value, (list, tuple)) and len(value) == n
+        res[key] = of_list(value) if is_list else tree_map(choose, value)
+    return res
 
 def _part(batch, a, b):
     "Samples a to b of a batch."
-    n = _length(batch)
-    def cut(v): return v[a:b] if isinstance(v, torch.Tensor) and v.dim() and len(v) == n else v
-    if isinstance(batch, Mapping):
-        return {k: v[a:b] if isinstance(v, (list, tuple)) and len(v) == n else tree_map(cut, v)
-                for k,v in batch.items()}
-    return tree_map(cut, batch)
+    def cut(v): return v[a:b]
+    return _each_sample(batch, cut, cut)
 
 def scene_losses(
     # With a method `loss(batch)`, which returns a number, or a dictionary of numbers that are added
@@ -79,8 +103,10 @@ def scene_losses(
     and FASeg, take the same random numbers for each, so that a sample's loss does not depend on the others."""
     res = []
     for i in range(_length(batch)):
-        with seeded(seed): loss = model.loss(_part(batch, i, i+1))
-        res.append(_one_number(sum(loss.values()) if isinstance(loss, Mapping) else loss))
+        scene = _part(batch, i, i+1)
+        with seeded(seed): loss = model.loss(scene)
+        if isinstance(loss, Mapping): loss = sum(loss.values())
+        res.append(_one_number(loss))
     return torch.stack(res)
 
 def _default_loss(model, batch):
@@ -94,17 +120,26 @@ def _default_loss(model, batch):
 def _losses(model, loss_fn, batch):
     "One loss a sample, of a part of a batch."
     if isinstance(batch, Mapping):
-        loss,n = _ask(loss_fn, model, batch),_length(batch)
+        loss = _ask(loss_fn, model, batch)
+        n = _length(batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != n:
             raise OpenTransError(
                 f"loss_fn(model, batch) must return one loss a sample, {n} here, not "
-                f"{tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__}. Do not average "
-                f"over the batch.")
+                f"{_form(loss)}. Do not average over the batch.")
         return loss.reshape(n)
     x,y = batch
     out = model(x)
-    return torch.stack([_one_number(_ask(loss_fn, _part(out, i, i+1), _part(y, i, i+1)))
-                        for i in range(_length(x))])
+    losses = []
+    for i in range(_length(x)):
+        output = _part(out, i, i+1)
+        target = _part(y, i, i+1)
+        loss = _ask(loss_fn, output, target)
+        losses.append(_one_number(loss))
+    return torch.stack(losses)
+
+def _form(loss):
+    "What a loss is, for a message: its shape, or its type."
+    return tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
 
 def _ask(loss_fn, *given):
     "The loss that was asked for. Raises `OpenTransError` where labels are of no class."
@@ -115,40 +150,42 @@ def _ask(loss_fn, *given):
 
 def _one_number(loss):
     if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss.reshape(())
-    was = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
     raise OpenTransError(
-        f"loss_fn(outputs, targets) must return one number, not {was}. Average over the pixels or tokens of a "
+        f"loss_fn(outputs, targets) must return one number, not {_form(loss)}. Average over the pixels or tokens of a "
         f"sample.")
 
 def _check_loss(loss):
     "Raises `OpenTransError` if a loss is no number."
-    if not bool(torch.isfinite(loss).all()):
+    is_number = torch.isfinite(loss)
+    if not bool(is_number.all()):
+        odd = int((~is_number).sum())
         raise OpenTransError(
-            f"The loss of {int((~torch.isfinite(loss)).sum())} of {loss.numel()} samples is NaN or infinite, so "
+            f"The loss of {odd} of {loss.numel()} samples is NaN or infinite, so "
             f"there are no sensitivities. Check the weights, the images and the loss.")
     return loss
+
+def _trainable(t):
+    "A tensor that gradients can be taken through."
+    return t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t
 
 def _samples(loader, n, size, device):
     "Parts of at most `size` samples, n in all. Raises `OpenTransError` for batches that are none."
     for batch in loader:
         _check_samples(batch)
-        k = min(_length(batch), n)
-        for a in range(0, k, size or k or 1):
-            part = to_device(_part(batch, a, min(a+(size or k), k)), device)
-            yield tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, part)
-        n -= k
+        count = min(_length(batch), n)
+        step = size or count or 1
+        for first in range(0, count, step):
+            last = min(first+step, count)
+            part = to_device(_part(batch, first, last), device)
+            yield tree_map(_trainable, part)
+        n -= count
         if n <= 0: return
 
 def _chosen(batch, at):
     "Some samples of a batch."
-    n = _length(batch)
-    def pick(v):
-        return (v[torch.as_tensor(at, device=v.device)] if isinstance(v, torch.Tensor) and v.dim() and len(v) == n
-                else v)
-    if isinstance(batch, Mapping):
-        return {k: [v[i] for i in at] if isinstance(v, (list, tuple)) and len(v) == n else tree_map(pick, v)
-                for k,v in batch.items()}
-    return tree_map(pick, batch)
+    def of_tensor(t): return t[torch.as_tensor(at, device=t.device)]
+    def of_list(values): return [values[i] for i in at]
+    return _each_sample(batch, of_tensor, of_list)
 
 def _drawn(loader, n, seed):
     """Batches of `n` samples, drawn from all there are; of a loader that does not say how many there are, those
@@ -159,21 +196,31 @@ def _drawn(loader, n, seed):
     for batch in loader: _check_samples(batch)
     ends = list(itertools.accumulate(map(_length, loader)))
     if not ends or n >= ends[-1]: return loader
-    places = torch.randperm(ends[-1], generator=g)[:n].sort().values
-    parts = [places[(places >= a) & (places < b)]-a for a,b in zip([0, *ends], ends)]
-    return [_chosen(batch, at.tolist()) for batch,at in zip(loader, parts) if len(at)]
+    drawn = torch.randperm(ends[-1], generator=g)[:n]
+    places = drawn.sort().values
+    res = []
+    start = 0
+    for batch,end in zip(loader, ends):
+        is_here = (places >= start) & (places < end)
+        at = places[is_here]-start
+        if len(at): res.append(_chosen(batch, at.tolist()))
+        start = end
+    return res
 
 def _drawn_loader(loader, n, g):
     "A loader of `n` samples of a data set that has a length. One with a sampler of its own draws already."
-    data, own = loader.dataset, not isinstance(loader.sampler, (SequentialSampler, RandomSampler))
-    if isinstance(data, IterableDataset) or own or loader.batch_size is None or n >= len(data): return loader
-    places = torch.randperm(len(data), generator=g)[:n].tolist()
-    return DataLoader(Subset(data, places), loader.batch_size, num_workers=loader.num_workers,
-                      collate_fn=loader.collate_fn)
+    data = loader.dataset
+    own = not isinstance(loader.sampler, (SequentialSampler, RandomSampler))
+    if isinstance(data, IterableDataset) or own: return loader
+    if loader.batch_size is None or n >= len(data): return loader
+    drawn = torch.randperm(len(data), generator=g)[:n]
+    subset = Subset(data, drawn.tolist())
+    return DataLoader(subset, loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
 
 def _peek(batches):
     "The first batch, and all of them. Raises `OpenTransError` for what gives none."
-    if not hasattr(batches, '__iter__') and not hasattr(batches, '__getitem__'):
+    is_iterable = hasattr(batches, '__iter__') or hasattr(batches, '__getitem__')
+    if not is_iterable:
         raise OpenTransError(
             f"The loader must give batches when it is iterated over, not be a {type(batches).__name__}.")
     rest = iter(batches)
@@ -184,16 +231,19 @@ def _peek(batches):
 
 def _check_samples(batch):
     "Raises `OpenTransError` for what is no batch, images of bytes, or inputs and targets of different lengths."
-    pair = isinstance(batch, (list, tuple)) and len(batch) == 2
-    if not isinstance(batch, Mapping) and not pair:
-        raise OpenTransError(
-            f"A batch must be (inputs, targets) or a dictionary, not "
-            f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (list, tuple)) else ''}.")
     if isinstance(batch, Mapping):
         for name in ('images', 'image', 'pixel_values'): check_images(batch.get(name))
         return
-    check_images(batch[0])
-    of_inputs, of_targets = _length(batch[0]), _length(batch[1])
+    is_sequence = isinstance(batch, (list, tuple))
+    if not is_sequence or len(batch) != 2:
+        count = f' of {len(batch)}' if is_sequence else ''
+        raise OpenTransError(
+            f"A batch must be (inputs, targets) or a dictionary, not "
+            f"{type(batch).__name__}{count}.")
+    inputs,targets = batch
+    check_images(inputs)
+    of_inputs = _length(inputs)
+    of_targets = _length(targets)
     if of_targets and of_inputs != of_targets:
         raise OpenTransError(
             f"A batch has {of_inputs} inputs and {of_targets} targets. Give a target for each input.")
@@ -219,24 +269,31 @@ def _as_it_was(model, train, seed):
         with torch.no_grad():
             for b,old in buffers: b.copy_(old)
 
+def _mixes_samples(module):
+    "Does a batch norm take its statistics from the batch?"
+    return isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None)
+
 def _no_coupling(model):
-    bad = [n
-           for n,m in model.named_modules()
-           if isinstance(m, BATCH_NORMS) and (m.training or m.running_mean is None)]
+    bad = [n for n,m in model.named_modules() if _mixes_samples(m)]
     if bad:
         raise OpenTransError(
             f"{len(bad)} batch norms, such as '{bad[0]}', take their statistics from the batch: a sample has no "
             f"gradient of its own. Use train=False and norms with running statistics, or per_sample=False.")
+
+def _add_squares(sums, gradients):
+    "Add squared gradients to sums, in place. A gradient of None is 0."
+    for total,g in zip(sums, gradients):
+        if g is not None: total.addcmul_(g, g)
 
 def _loop(model, loss_fn, batch, params):
     "Squared gradients of single samples by a backward pass for each."
     for p in params: p.requires_grad_(True)
     sums = [torch.zeros_like(p) for p in params]
     for i in range(_length(batch)):
-        loss = _losses(model, loss_fn, _part(batch, i, i+1)).sum()
+        sample = _part(batch, i, i+1)
+        loss = _losses(model, loss_fn, sample).sum()
         if not loss.requires_grad: continue # it reaches none of them
-        for s,g in zip(sums, torch.autograd.grad(loss, params, allow_unused=True)):
-            if g is not None: s.addcmul_(g, g)
+        _add_squares(sums, torch.autograd.grad(loss, params, allow_unused=True))
     for p in params: p.requires_grad_(False)
     return sums
 
@@ -244,47 +301,68 @@ def _loop(model, loss_fn, batch, params):
 def _probe_all(taps, model, loss_fn, batch):
     """Find the rules on one and two samples of the first batch. Raises `OpenTransError` where samples influence
     each other."""
-    one,two = _part(batch, 0, 1),_part(batch, 0, 2)
+    one = _part(batch, 0, 1)
+    two = _part(batch, 0, 2)
     with torch.no_grad():
         taps.mode = 'one'
         alone = _check_loss(_losses(model, loss_fn, one))
         if _length(batch) < 2: two = _chosen(one, [0, 0])
         taps.mode = 'two'
         pair = _losses(model, loss_fn, two)
-    taps.mode,taps.kept = None,{}
+    taps.mode = None
+    taps.kept = {}
     if not torch.allclose(alone[0], pair[0], atol=1e-4, rtol=1e-3):
         raise OpenTransError(
             f"The loss of a sample is {alone[0]:.5g} alone and {pair[0]:.5g} in a batch: samples influence each "
             f"other, or the model is random. Use per_sample=False, or loss_fn without averages over the batch.")
 
+def _shared(model):
+    "The ids of parameters that several modules hold."
+    every = list(model.named_parameters(remove_duplicate=False))
+    if len(every) <= len(list(model.parameters())): return set()
+    held = [id(p) for m in model.modules() for p in m._parameters.values()]
+    return {id(p) for p in model.parameters() if held.count(id(p)) > 1}
+
+def _tap(model, wanted):
+    "Taps for the modules of some slots. Modules with a parameter of several modules need the loop."
+    shared = _shared(model)
+    modules = {id(s.module): s.module for s in wanted}
+    def is_shared(m): return any(id(p) in shared for p in m._parameters.values())
+    return _Taps(m for m in modules.values() if not is_shared(m))
+
+def _untapped(taps, wanted):
+    "The parameters for which there is no rule: (module id, key) -> parameter."
+    def has_rule(s): return id(s.module) in taps.sums and taps.covered(s.module, s.key)
+    return {(id(s.module), s.key): s.param for s in wanted if not has_rule(s)}
+
 def _per_sample(model, loader, loss_fn, n, wanted, chunk):
     "Sums of squared per-sample gradients: (module id, key) -> tensor, and the number of samples."
     _no_coupling(model)
-    modules = {id(s.module): s.module for s in wanted}
-    shared = ({id(p)
-               for p in model.parameters()
-               if sum(p is q for m in model.modules() for q in m._parameters.values()) > 1}
-              if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))
-              else set())
-    taps = _Taps(m for m in modules.values() if not any(id(p) in shared for p in m._parameters.values()))
+    taps = _tap(model, wanted)
     done = 0
     rest = None
+    extra = {}
     with taps.install():
         for batch in _samples(loader, n, chunk, device_of(model)):
             if rest is None:
                 _probe_all(taps, model, loss_fn, batch)
-                rest = {(id(s.module), s.key): s.param
-                        for s in wanted if id(s.module) not in taps.sums or not taps.covered(s.module, s.key)}
-                extra = {k: torch.zeros_like(p) for k,p in rest.items()}
+                rest = _untapped(taps, wanted)
+                extra = {key: torch.zeros_like(p) for key,p in rest.items()}
             taps.n = _length(batch)
             done += taps.n
             loss = _check_loss(_losses(model, loss_fn, batch)).sum()
             if loss.requires_grad: loss.backward()
-            if rest:
-                rules,taps.rules = taps.rules,{}                                 # the loop needs no hooks
-                for s,t in zip(extra.values(), _loop(model, loss_fn, batch, list(rest.values()))): s.add_(t)
-                taps.rules = rules
-    return {**{(i, k): t for i,s in taps.sums.items() for k,t in s.of.items()}, **(extra if rest else {})},done
+            if not rest: continue
+            rules = taps.rules
+            taps.rules = {} # the loop needs no hooks
+            more = _loop(model, loss_fn, batch, list(rest.values()))
+            for total,part in zip(extra.values(), more): total.add_(part)
+            del more
+            taps.rules = rules
+    sums = {}
+    for module,found in taps.sums.items():
+        for key,total in found.of.items(): sums[module, key] = total
+    return {**sums, **extra},done
 
 # %% ../../nbs/vit/61b_sensitivity.ipynb #3dc95a8a
 SENSITIVITY_FILE = FileKind('opentrans-sensitivity', 'sensitivities', 'Sensitivity.save')
@@ -305,10 +383,13 @@ class Sensitivity(dict):
 
     def table(self)->pd.DataFrame: # Indexed by name: shape, entries, sum and mean
         "A row a tensor."
-        return pd.DataFrame(
-            {n: dict(shape=tuple(t.shape), entries=t.numel(), sum=t.sum(dtype=torch.float64).item(),
-                     mean=t.mean(dtype=torch.float64).item())
-             for n,t in self.items()}).T.rename_axis('name').infer_objects()
+        rows = {}
+        for name,t in self.items():
+            total = t.sum(dtype=torch.float64).item()
+            mean = t.mean(dtype=torch.float64).item()
+            rows[name] = dict(shape=tuple(t.shape), entries=t.numel(), sum=total, mean=mean)
+        frame = pd.DataFrame(rows).T
+        return frame.rename_axis('name').infer_objects()
 
     def only(self,
         names, # Of tensors; those that have no sensitivities are left out
@@ -326,7 +407,8 @@ class Sensitivity(dict):
         finite."""
         check_finite(self, 'nothing is saved', 'Has the loss overflowed?')
         about = {name: getattr(self, name) for name in ('samples', 'always', 'info', 'takes', 'outputs', 'heads')}
-        save_tensors(self, path, dict(about, order=list(self)), SENSITIVITY_FILE)
+        about['order'] = list(self)
+        save_tensors(self, path, about, SENSITIVITY_FILE)
 
     @classmethod
     def load(cls,
@@ -334,21 +416,22 @@ class Sensitivity(dict):
     )->'Sensitivity':
         "Read sensitivities. Raises `OpenTransError` for another or a damaged file."
         tensors, meta = load_tensors(path, kind=SENSITIVITY_FILE)
-        order = metadata_value(meta, 'order', list[str], path) if 'order' in meta else list(tensors)
+        order = list(tensors)
+        if 'order' in meta: order = metadata_value(meta, 'order', list[str], path)
         if sorted(order) != sorted(tensors):
             raise SENSITIVITY_FILE.damaged(path, 'its list of names is not that of its tensors')
         res = cls({n: tensors[n] for n in order})
         for name, schema in _SENSITIVITY.items():
-            if name in meta or name in _SENSITIVITY_0_1:
-                setattr(res, name, metadata_value(meta, name, schema, path))
-        odd = [n for n, t in res.items() if not t.is_floating_point() or bool((t < 0).any())]
-        odd += [n
-                for n, place in res.outputs.items()
-                if n in res and not (len(place) == 2 and _has_outputs(res[n].shape, *place))]
-        if odd or min([res.samples, *res.always.values(), *(res.heads or {}).values()]) < 0:
+            if name not in meta and name not in _SENSITIVITY_0_1: continue
+            value = metadata_value(meta, name, schema, path)
+            setattr(res, name, value)
+        odd = [n for n,t in res.items() if not _are_sums(t)]
+        odd += [n for n,place in res.outputs.items() if n in res and not _has_outputs(res[n].shape, place)]
+        counts = [res.samples, *res.always.values(), *(res.heads or {}).values()]
+        if odd or min(counts) < 0:
+            where = shorten(', '.join(odd)) or 'the samples'
             raise SENSITIVITY_FILE.damaged(path,
-                                           f"not all sensitivities and counts are from 0 on, as of "
-                                           f"{shorten(', '.join(odd)) or 'the samples'}")
+                                           f"not all sensitivities and counts are from 0 on, as of {where}")
         check_finite(res, f"the sensitivities in '{path}'", 'Compute them again.')
         return res
 
@@ -356,9 +439,48 @@ _SENSITIVITY = dict(samples=int, always=dict[str, int], info=dict, takes=dict[st
                     outputs=dict[str, list[int]], heads=dict[str, int] | None)
 _SENSITIVITY_0_1 = ('samples', 'always', 'info') # what the files of opentrans 0.1 held
 
-def _has_outputs(shape, dim=0, groups=1):
-    "Can a tensor of this shape have its outputs in this dimension?"
-    return dim == 0 and groups == 1 or dim == 1 and len(shape) > 1 and groups > 0 and shape[0] % groups == 0
+def _are_sums(t):
+    "Are these sums of squares?"
+    return t.is_floating_point() and not bool((t < 0).any())
+
+def _has_outputs(shape, place):
+    "Can a tensor of this shape have its outputs in this dimension, in so many groups?"
+    if len(place) != 2: return False
+    dim,groups = place
+    if dim == 0: return groups == 1
+    is_kernel = dim == 1 and len(shape) > 1
+    return is_kernel and groups > 0 and shape[0] % groups == 0
+
+def _check_model(model):
+    "Raises `OpenTransError` for parameters without shapes or values."
+    check_shaped(model)
+    empty = [n for n, p in model.named_parameters() if p.is_meta]
+    if empty:
+        raise OpenTransError(
+            f"{len(empty)} parameters have no values, such as '{empty[0]}' (their device is meta). Load the "
+            f"weights first.")
+
+def _heads_of(model, heads, first, warn):
+    "The head of a model, asked with the first batch if that holds images."
+    if isinstance(first, Mapping): return find_heads(model, heads, None, warn=warn)
+    images = to_device(first[0], device_of(model))
+    return find_heads(model, heads, images, warn=warn)
+
+def _of_slot(sums, slot):
+    "The sums of one slot, which may be some rows of a tensor."
+    place = id(slot.module),slot.key
+    found = sums[place] if place in sums else torch.zeros_like(slot.param)
+    if slot.rows is not None: found = found[slice(*slot.rows)]
+    return found.detach()
+
+def _describe(sens, model, wanted, heads):
+    "Note what is known of the tensors, and what is trained beside them."
+    sens.always = {n: p.numel() for n,p in _tokens(model).items()}
+    def competes(head): return any(is_of_head(slot.name, [head]) for slot in wanted)
+    sens.heads = head_sizes(model, [head for head in heads if not competes(head)])
+    sens.takes = {slot.name: takes(slot) for slot in wanted}
+    places = {slot.name: outputs_of(slot) for slot in wanted}
+    sens.outputs = {name: place for name,place in places.items() if place != [0, 1]}
 
 def param_sensitivity(
     model:nn.Module, # Any; it is not changed
@@ -385,38 +507,31 @@ def param_sensitivity(
     if criterion not in ('gradient', 'taylor'): raise unknown('criterion', criterion, ['gradient', 'taylor'])
     check_number('n_samples', n_samples, 1, whole=True)
     check_number('chunk', chunk, 0, whole=True)
-    check_shaped(model)
-    empty = [n for n, p in model.named_parameters() if p.is_meta]
-    if empty:
-        raise OpenTransError(
-            f"{len(empty)} parameters have no values, such as '{empty[0]}' (their device is meta). Load the "
-            f"weights first.")
+    _check_model(model)
     there = slots(model)
     if names is not None: names = list(find_names(names, there, 'tensors').values())
     for slot in [there[n] for n in names or ()]:
         if why := _no_gradient(slot.param):
             raise OpenTransError(f"'{slot.name}' {why}, so it has no sensitivities. Leave it out.")
     with _as_it_was(model, train, seed):
-        first,batches = _peek(_drawn(loader, n_samples, seed) if draw else loader)
+        batches = _drawn(loader, n_samples, seed) if draw else loader
+        first,batches = _peek(batches)
         loss_fn = loss_fn or _default_loss(model, first)
-        heads = find_heads(model, heads,
-                           None if isinstance(first, Mapping) else to_device(first[0], device_of(model)),
-                           warn=names is None)
-        wanted = [there[n] for n in names] if names is not None else list(candidates(model, heads).values())
+        heads = _heads_of(model, heads, first, warn=names is None)
+        chosen = candidates(model, heads) if names is None else {n: there[n] for n in names}
+        wanted = list(chosen.values())
         if per_sample: sums,done = _per_sample(model, batches, loss_fn, n_samples, wanted, chunk)
         else: sums,done = _per_batch(model, batches, loss_fn, n_samples, wanted)
     if not done: raise OpenTransError("The loader gave no samples.")
-    def of(s): return sums[id(s.module), s.key] if (id(s.module), s.key) in sums else torch.zeros_like(s.param)
-    res = Sensitivity({s.name: (of(s) if s.rows is None else of(s)[slice(*s.rows)]).detach() for s in wanted})
-    if criterion == 'taylor': res.update({s.name: res[s.name]*s.tensor.detach().square() for s in wanted})
+    res = Sensitivity({slot.name: _of_slot(sums, slot) for slot in wanted})
+    if criterion == 'taylor':
+        for slot in wanted: res[slot.name] = res[slot.name]*slot.tensor.detach().square()
+    _describe(res, model, wanted, heads)
     res.samples = done
-    res.always = {n: p.numel() for n,p in _tokens(model).items()}
     res.info = dict(per_sample=per_sample, criterion=criterion, train=train)
-    res.heads = head_sizes(model, [h for h in heads if not any(is_of_head(slot.name, [h]) for slot in wanted)])
-    res.takes = {slot.name: takes(slot) for slot in wanted}
-    res.outputs = {slot.name: place for slot in wanted if (place := outputs_of(slot)) != [0, 1]}
     check_finite(res, 'the sensitivities', 'Has the loss overflowed? Take the model in float32.')
-    if not any(bool(t.any()) for t in res.values()):
+    is_reached = any(bool(t.any()) for t in res.values())
+    if not is_reached:
         warnings.warn(
             f"The loss reaches none of the {len(res)} tensors: all sensitivities are 0. Is this part of the model "
             f"frozen, as a backbone of FC-CLIP may be, or followed by a scale of 0, as in the blocks of a new "
@@ -424,16 +539,24 @@ def param_sensitivity(
     return res
 
 # %% ../../nbs/vit/61b_sensitivity.ipynb #df2561b7
+def _mean_loss(model, loss_fn, batch):
+    "The mean loss of a batch."
+    if isinstance(batch, Mapping): return _losses(model, loss_fn, batch).mean()
+    x,y = batch
+    loss = _ask(loss_fn, model(x), y)
+    return _one_number(loss)
+
 def _per_batch(model, loader, loss_fn, n, wanted):
     "Sums of squared gradients of each batch's mean loss, as the published code takes them."
     params = {(id(s.module), s.key): s.param for s in wanted}
-    sums,done = {k: torch.zeros_like(p) for k,p in params.items()},0
+    sums = {place: torch.zeros_like(p) for place,p in params.items()}
+    done = 0
     for p in params.values(): p.requires_grad_(True)
     for batch in _samples(loader, n, 0, device_of(model)):
-        loss = (_losses(model, loss_fn, batch).mean() if isinstance(batch, Mapping)
-                else _one_number(_ask(loss_fn, model(batch[0]), batch[1])))
+        loss = _mean_loss(model, loss_fn, batch)
         _check_loss(loss)
-        for s,g in zip(sums.values(), torch.autograd.grad(loss, list(params.values()), allow_unused=True)):
-            if g is not None: s.addcmul_(g, g)
+        gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        _add_squares(sums.values(), gradients)
+        del gradients
         done += _length(batch)
     return sums,done

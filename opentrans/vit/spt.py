@@ -29,6 +29,17 @@ _all_ = ['STRUCTURED_KINDS', 'ALLOCATION_FILE', 'structured_cost', 'Allocation',
          'allocate'] # of the page of allocations, found here, too
 
 # %% ../../nbs/vit/61_spt.ipynb #8b9c5943
+def _masks_of(alloc, here):
+    "The single entries that an allocation tunes, by name; of whole vectors all."
+    masks = dict(alloc.masks)
+    for name in alloc.vectors:
+        shape = alloc.shapes.get(name)
+        if not shape:
+            found = find_names([name], here, 'tensors')
+            shape = here[found[name]]
+        masks[name] = torch.ones(shape, dtype=torch.bool)
+    return masks
+
 def add_spt(
     model:nn.Module, # Changed in place; names are read in its tower
     alloc:Allocation, # What goes where
@@ -42,24 +53,26 @@ def add_spt(
     seed:int=None, # Of the modules' initial numbers
 )->Added: # Handle: `.parts` by name; `.remove()` takes all off (what was trained in full keeps its values)
     "Freeze a model and add what an allocation says. Raises `OpenTransError` where it does not fit."
-    kind,r = kind or alloc.kind,alloc.r if r is None else r
+    kind = kind or alloc.kind
+    r = alloc.r if r is None else r
     if kind not in STRUCTURED_KINDS: raise unknown('kind of structured module', kind, STRUCTURED_KINDS)
     if alloc.structured and kind == 'none':
         raise OpenTransError(
             f"The allocation has {len(alloc.structured)} structured matrices. Allocate with kind='none' for single "
             f"weights only.")
-    tower,handles = find_tower(model),[]
-    here = {k: tuple(s.shape) for k,s in slots(model).items()}
-    masks = {**alloc.masks,
-             **{n: torch.ones(alloc.shapes.get(n) or here[find_names([n], here, 'tensors')[n]], dtype=torch.bool)
-                for n in alloc.vectors}}
+    tower = find_tower(model)
+    handles = []
+    here = {name: tuple(slot.shape) for name,slot in slots(model).items()}
+    masks = _masks_of(alloc, here)
     wanted = _trained_in_full(model, alloc, full)
     flags = trained_flags(tower)
     try:
         order = [n for n in here if n in alloc.structured] or sorted(alloc.structured)
-        if order:
-            handles.append(add_adapters(model, order, r, dropout, drop_path, seed=seed) if kind == 'adapter'
-                           else add_lora(model, order, r, dropout, drop_path, alloc.alive or None, seed=seed))
+        if order and kind == 'adapter':
+            handles.append(add_adapters(model, order, r, dropout, drop_path, seed=seed))
+        elif order:
+            added = add_lora(model, order, r, dropout, drop_path, alloc.alive or None, seed=seed)
+            handles.append(added)
         if masks: handles.append(add_sparse(model, masks, freeze=not handles))
     except BaseException:
         for h in reversed(handles): h.remove()
@@ -70,16 +83,20 @@ def add_spt(
     def off():
         for h in reversed(handles): h.remove()
         restore_flags(flags)
-    return Added({k: p for h in handles for k,p in h.parts.items()}, [off])
+    parts = {}
+    for handle in handles: parts.update(handle.parts)
+    return Added(parts, [off])
 
 def _trained_in_full(model, alloc, full):
     "Names of the parameters that are trained in full."
-    there = [n for n,_ in find_tower(model).named_parameters() if '.tuned.' not in f'.{n}']
+    tower = find_tower(model)
+    there = [n for n,_ in tower.named_parameters() if '.tuned.' not in f'.{n}']
     if full is None:
-        heads = list(alloc.heads) if alloc.heads is not None else find_heads(model)
+        heads = find_heads(model) if alloc.heads is None else list(alloc.heads)
         return {n for n in there if is_of_head(n, heads) or n.rpartition('.')[2] in TOKENS}
     full = [full] if isinstance(full, str) else list(full)
-    return {n for n in there if is_of_head(n, full) or any(part in full for part in n.split('.'))}
+    def is_named(n): return is_of_head(n, full) or any(part in full for part in n.split('.'))
+    return {n for n in there if is_named(n)}
 
 # %% ../../nbs/vit/61_spt.ipynb #6d1a000f
 def apply_spt(model, alloc, kind=None, r=None, dropout=0., drop_path=0., full=None,
@@ -102,11 +119,14 @@ def spt_published(
     """Settings of the published code (github.com/ziplab/SPT) where they differ from the thesis or are not in it: an
     easier threshold, whole vectors, a sweep; gradients of 16 batches of 32; dropout. Training is that of Sec.
     2.4.1."""
-    return dict(sensitivity=dict(per_sample=False, train=True, n_samples=512, draw=False), batch_size=32,
-                allocation=dict(alpha=10., beta=5., r=8), modules=dict(dropout=.1, drop_path=.1),
-                budgets=(50_000, 100_000, 200_000, 400_000, 600_000, 800_000, 1_000_000),
-                training=dict(optimizer='AdamW', lr=1e-3, weight_decay=1e-4, epochs=100, warmup_epochs=10,
-                              batch_size=64, backbone_drop_path=.1))
+    sensitivity = dict(per_sample=False, train=True, n_samples=512, draw=False)
+    allocation = dict(alpha=10., beta=5., r=8)
+    modules = dict(dropout=.1, drop_path=.1)
+    budgets = (50_000, 100_000, 200_000, 400_000, 600_000, 800_000, 1_000_000)
+    training = dict(optimizer='AdamW', lr=1e-3, weight_decay=1e-4, epochs=100, warmup_epochs=10, batch_size=64,
+                    backbone_drop_path=.1)
+    return dict(sensitivity=sensitivity, batch_size=32, allocation=allocation, modules=modules, budgets=budgets,
+                training=training)
 
 # %% ../../nbs/vit/61_spt.ipynb #ce4c32f1
 _OPERATIONS = [(r'\[([qkv])\]$', r'\1'), (r'(?:^|\.)(?:attn|self_attn|attention)\.(?:out_proj|proj)\.', 'o'),
@@ -128,7 +148,9 @@ def block_of(
     "The block that a tensor belongs to."
     m = re.match(r'(.*?)(?:^|\.)(\d+)\.', name)
     if not m: return ''
-    return m[2] if re.search(r'(?:^|\.)\w*(?:blocks|layers)$', m[1]) else f'{m[1]}.{m[2]}'.lstrip('.')
+    stage,number = m.groups()
+    is_list = re.search(r'(?:^|\.)\w*(?:blocks|layers)$', stage)
+    return number if is_list else f'{stage}.{number}'.lstrip('.')
 
 # %% ../../nbs/vit/61_spt.ipynb #6d9d705e
 def sensitivity_profile(
@@ -143,10 +165,16 @@ def sensitivity_profile(
     of = dict(block=block_of, operation=operation_of)
     if by not in of: raise unknown('grouping', by, of)
     counts = _Ranking(sens, tau, masks).counts(tau)
-    rows = [(of[by](n), c, sens[n].numel())
-            for n,c in counts.items() if by == 'block' and block_of(n) or by == 'operation' and _takes(sens, n)]
-    t = pd.DataFrame(rows, columns=[by, 'sensitive', 'entries']).groupby(by, sort=False).sum()
-    return t.assign(share=t.sensitive/max(1, t.sensitive.sum()), proportion=t.sensitive/t.entries)
+    rows = []
+    for name,count in counts.items():
+        is_wanted = block_of(name) if by == 'block' else _takes(sens, name)
+        if not is_wanted: continue
+        place = of[by](name)
+        rows.append((place, count, sens[name].numel()))
+    frame = pd.DataFrame(rows, columns=[by, 'sensitive', 'entries'])
+    t = frame.groupby(by, sort=False).sum()
+    total = max(1, t.sensitive.sum())
+    return t.assign(share=t.sensitive/total, proportion=t.sensitive/t.entries)
 
 def plot_profile(
     profiles, # What `sensitivity_profile` gives, or a dict of such by name of the task
@@ -161,11 +189,11 @@ def plot_profile(
     if by == 'block':
         for k in frame: ax.plot(range(len(frame)), frame[k], 'o-', ms=4, label=for_plot(k) or None)
     else: frame.rename(columns=for_plot).plot.bar(ax=ax, width=.8, legend=False)
-    ax.set_xticks(range(len(frame)), [for_plot(name) for name in frame.index],
-                  rotation=30 if max(map(len, frame.index), default=0) > 4 else 0)
-    ax.set(xlabel=by,
-           ylabel='share of sensitive weights' if column == 'share' else 'sensitive part of the weights',
-           ylim=(0, None))
+    longest = max(map(len, frame.index), default=0)
+    labels = [for_plot(name) for name in frame.index]
+    ax.set_xticks(range(len(frame)), labels, rotation=30 if longest > 4 else 0)
+    label = 'share of sensitive weights' if column == 'share' else 'sensitive part of the weights'
+    ax.set(xlabel=by, ylabel=label, ylim=(0, None))
     if len(named) > 1: ax.legend()
     return ax
 
@@ -175,14 +203,21 @@ SELECTION_LEVELS = ('layer', 'channel', 'element')
 def _by_output(t, dim=0, groups=1):
     """A tensor with a row for each output: its first dimension; of a transposed kernel (C_in, C_out/groups, ...)
     the second, group by group."""
-    if dim == 0: return t.reshape(len(t) if t.ndim else 1, math.prod(t.shape[1:]))
-    ins, area = len(t)//groups, math.prod(t.shape[2:])
-    return t.reshape(groups, ins, t.shape[1], area).transpose(1, 2).reshape(groups*t.shape[1], ins*area)
+    if dim == 0:
+        outputs = len(t) if t.ndim else 1
+        return t.reshape(outputs, math.prod(t.shape[1:]))
+    inputs,outputs,*sides = t.shape
+    inputs = inputs//groups
+    area = math.prod(sides)
+    by_group = t.reshape(groups, inputs, outputs, area).transpose(1, 2)
+    return by_group.reshape(groups*outputs, inputs*area)
 
 def _from_outputs(rows, shape, dim=0, groups=1):
     "Rows of `_by_output` in the shape of the tensor."
     if dim == 0: return rows.reshape(shape)
-    return rows.reshape(groups, shape[1], shape[0]//groups, math.prod(shape[2:])).transpose(1, 2).reshape(shape)
+    inputs,outputs,*sides = shape
+    by_group = rows.reshape(groups, outputs, inputs//groups, math.prod(sides))
+    return by_group.transpose(1, 2).reshape(shape)
 
 def _as_rows(t, level, place):
     "A tensor with a row for each that competes: the whole layer, or an output."
@@ -191,18 +226,59 @@ def _as_rows(t, level, place):
 def _scores(rows, alive, level):
     "The score of each row: of layers the mean of what is not pruned, of channels the sum."
     rows = torch.where(alive, rows.float(), 0.)
-    if level == 'layer': return (rows.sum(dtype=torch.float64)/alive.sum().clamp(min=1)).reshape(1)
-    return rows.sum(1, dtype=torch.float64)
+    if level != 'layer': return rows.sum(1, dtype=torch.float64)
+    total = rows.sum(dtype=torch.float64)
+    count = alive.sum().clamp(min=1)
+    return (total/count).reshape(1)
 
 def _among(sens, layers):
     "The sensitivities of some layers. Raises `OpenTransError` where none has one."
     names = layers.train if isinstance(layers, LayerSelection) else list(layers)
     res = sens.only(names) if isinstance(sens, Sensitivity) else {n: sens[n] for n in names if n in sens}
     if not res:
+        first = ', '.join(names[:3])
         raise OpenTransError(
-            f"None of the {len(names)} chosen layers, such as {', '.join(names[:3])}, has a sensitivity. Compute "
+            f"None of the {len(names)} chosen layers, such as {first}, has a sensitivity. Compute "
             f"it for the same model.")
     return res
+
+def _alive_of(t, mask):
+    "Which entries of a tensor are not pruned."
+    if mask is None: return torch.ones(t.shape, dtype=torch.bool)
+    return torch.as_tensor(mask).bool().cpu().reshape(t.shape)
+
+def _best_rows(rows, alive, count, level):
+    """The best rows of all tensors, as many as there is room for; of the last one the best entries alone. Gives the
+    chosen entries by name, and how many weights are left over."""
+    lumps = []
+    for name in rows:
+        scores = _scores(rows[name], alive[name], level).tolist()
+        lumps += [(score, name, k) for k,score in enumerate(scores)]
+    lumps.sort(key=lambda lump: -lump[0])
+    chosen = {}
+    left = count
+    for _,name,k in lumps:
+        if left <= 0: break
+        here = alive[name][k]
+        size = int(here.sum())
+        if size > left:
+            part = allocate({name: rows[name][k]}, kind='none', masks={name: here}, tau=left)
+            here = part.masks[name]
+        if name not in chosen: chosen[name] = torch.zeros_like(alive[name])
+        chosen[name][k] = here
+        left -= min(size, left)
+    return chosen,left
+
+def _plan_of(sens, chosen, spent):
+    "The allocation of single weights that these masks are."
+    counts = {n: int(chosen[n].sum()) if n in chosen else 0 for n in sens}
+    masks = {n: mask for n,mask in chosen.items() if counts[n]}
+    always = _always(sens, None)
+    heads = getattr(sens, 'heads', None)
+    shapes = {n: tuple(t.shape) for n,t in sens.items()}
+    head = sum((heads or {}).values())
+    total = spent+always+head
+    return Allocation(set(), set(), masks, total, spent, 'none', 0, shapes, counts, always=always, heads=heads)
 
 def select(
     sens:dict, # Name -> sensitivities
@@ -216,34 +292,26 @@ def select(
     `OpenTransError`."""
     if level not in SELECTION_LEVELS: raise unknown('level', level, SELECTION_LEVELS)
     outputs = getattr(sens, 'outputs', {})
-    if layers is not None: sens = _among(sens, layers)
-    masks = {n: m for n, m in (masks or {}).items() if n in sens} or None if layers is not None else masks
+    if layers is not None:
+        sens = _among(sens, layers)
+        given = masks or {}
+        masks = {n: m for n,m in given.items() if n in sens} or None
     check_number('count', count, 1, whole=True, advice='A count of 0 leaves nothing to train.')
     if level == 'element': return allocate(sens, kind='none', masks=masks, tau=count)
     _check_masks(masks, sens)
     places = {n: outputs.get(n, (0, 1)) for n in sens}
-    whole = {n: torch.as_tensor(masks[n]).bool().cpu().reshape(t.shape) if masks and n in masks
-             else torch.ones(t.shape, dtype=torch.bool) for n, t in sens.items()}
-    alive = {n: _as_rows(t, level, places[n]) for n, t in whole.items()}
-    rows = {n: _as_rows(t.detach().cpu(), level, places[n]) for n, t in sens.items()}
-    lumps = [(score, n, k) for n in sens for k, score in enumerate(_scores(rows[n], alive[n], level).tolist())]
-    chosen, left = {}, count
-    for _, n, k in sorted(lumps, key=lambda lump: -lump[0]):
-        if left <= 0: break
-        here = alive[n][k]
-        size = int(here.sum())
-        if size > left: here = allocate({n: rows[n][k]}, kind='none', masks={n: here}, tau=left).masks[n]
-        chosen.setdefault(n, torch.zeros_like(alive[n]))[k] = here
-        left -= min(size, left)
-    back = {n: _from_outputs(m, sens[n].shape, *(places[n] if level == 'channel' else ()))
-            for n, m in chosen.items()}
-    counts = {n: int(back[n].sum()) if n in back else 0 for n in sens}
-    always = _always(sens, None)
-    heads = getattr(sens, 'heads', None)
-    shapes = {n: tuple(t.shape) for n,t in sens.items()}
-    total = count-left+always+sum((heads or {}).values())
-    return Allocation(set(), set(), {n: m for n, m in back.items() if counts[n]}, total, count-left, 'none', 0,
-                      shapes, counts, always=always, heads=heads)
+    alive = {}
+    rows = {}
+    for name,t in sens.items():
+        mask = masks[name] if masks and name in masks else None
+        alive[name] = _as_rows(_alive_of(t, mask), level, places[name])
+        rows[name] = _as_rows(t.detach().cpu(), level, places[name])
+    chosen,left = _best_rows(rows, alive, count, level)
+    back = {}
+    for name,mask in chosen.items():
+        place = places[name] if level == 'channel' else ()
+        back[name] = _from_outputs(mask, sens[name].shape, *place)
+    return _plan_of(sens, back, count-left)
 
 # %% ../../nbs/vit/61_spt.ipynb #270a927b
 def two_stage(
@@ -267,7 +335,13 @@ def two_stage(
         raise OpenTransError(
             f"Modules stand where single weights are dense: take level='element' with kind='{kind}', or "
             f"kind='none' with level='{level}'.")
-    return allocate(_among(sens, chosen), count, kind, masks=masks, **options)
+    inside = _among(sens, chosen)
+    return allocate(inside, count, kind, masks=masks, **options)
+
+def _mean_of(t, mask):
+    "The mean of the sensitivities that are not pruned."
+    if mask is not None: t = t[mask.to(t.device)]
+    return float(t.mean(dtype=torch.float64))
 
 def alpha_sensitivity(
     table, # A `LayerTable` of `opentrans.heavy_tail.analyze`
@@ -281,21 +355,23 @@ def alpha_sensitivity(
     from scipy.stats import spearmanr
     frame = table.to_frame()
     def mean(n):
-        t = sens[n]
-        return (float(t.mean(dtype=torch.float64)) if masks is None or n not in masks
-                else float(t[masks[n].to(t.device)].mean(dtype=torch.float64)))
+        mask = masks[n] if masks is not None and n in masks else None
+        return _mean_of(sens[n], mask)
     both = [n for n in frame.index if n in sens and np.isfinite(frame.alpha[n])]
     if len(both) < 3:
         raise OpenTransError(
             f"Only {len(both)} layers have an alpha and a sensitivity; ranks need at least 3. Analyze the same "
             f"model, and name its layers to param_sensitivity.")
-    res = pd.DataFrame(dict(alpha=frame.alpha[both].astype(float), sensitivity=[mean(n) for n in both],
-                            entries=[sens[n].numel() for n in both]))
+    alpha = frame.alpha[both].astype(float)
+    means = [mean(n) for n in both]
+    entries = [sens[n].numel() for n in both]
+    res = pd.DataFrame(dict(alpha=alpha, sensitivity=means, entries=entries))
     r = spearmanr(res.alpha, res.sensitivity)
     x,y = (float(spearmanr(res[k], res.entries).statistic) for k in ('alpha', 'sensitivity'))
     rest = math.sqrt(max(0., (1-x*x)*(1-y*y)))
-    res.attrs.update(rho=float(r.statistic), p=float(r.pvalue), n=len(both),
-                     partial=float(np.clip((r.statistic-x*y)/rest, -1, 1)) if rest > 1e-9 else math.nan)
+    partial = math.nan
+    if rest > 1e-9: partial = float(np.clip((r.statistic-x*y)/rest, -1, 1))
+    res.attrs.update(rho=float(r.statistic), p=float(r.pvalue), n=len(both), partial=partial)
     return res
 
 def plot_alpha_sensitivity(
@@ -309,10 +385,11 @@ def plot_alpha_sensitivity(
     if label:
         # from the left, where small alphas crowd
         ordered = frame.sort_values('alpha')
-        write_names(ax, [for_plot(n.removesuffix('.weight')) for n in ordered.index],
-                    ordered[['alpha', 'sensitivity']].to_numpy()[:,None], beside=True)
-    ax.set(xlabel='alpha of the spectrum', ylabel='mean sensitivity',
-           title=f"rank correlation {frame.attrs['rho']:+.2f} (p = {frame.attrs['p']:.1g}); given the size "
-                 f"{frame.attrs['partial']:+.2f}")
+        names = [for_plot(n.removesuffix('.weight')) for n in ordered.index]
+        points = ordered[['alpha', 'sensitivity']].to_numpy()
+        write_names(ax, names, points[:,None], beside=True)
+    rho,p,partial = (frame.attrs[name] for name in ('rho', 'p', 'partial'))
+    title = f"rank correlation {rho:+.2f} (p = {p:.1g}); given the size {partial:+.2f}"
+    ax.set(xlabel='alpha of the spectrum', ylabel='mean sensitivity', title=title)
     ax.margins(x=.15)
     return ax

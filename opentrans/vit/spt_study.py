@@ -50,45 +50,69 @@ PARTS = {'adapters and single weights': dict(kind='adapter'),
          'AdaptFormer in all blocks': dict(kind='adaptformer', size=5, everywhere=True),
          'AdaptFormer in sensitive blocks': dict(kind='adaptformer', size=11)}
 
-BASE,NOVEL = ([k for k in TRIPLES if is_novel(*k) == b] for b in (False, True))
+BASE = [kind for kind in TRIPLES if not is_novel(*kind)]
+NOVEL = [kind for kind in TRIPLES if is_novel(*kind)]
+
+def _as_images(pictures):
+    "Pictures (n, H, W, 3) of numpy as a tensor (n, 3, H, W)."
+    stacked = torch.from_numpy(np.stack(pictures))
+    return stacked.permute(0, 3, 1, 2).float()
 
 def things(kinds, n, seed):
     "Pictures of single things, classes in turn."
     rng = np.random.default_rng([seed, 2025])
     y = np.arange(n) % len(kinds)
-    x = np.stack([object_image(rng, VIT['img_size'], *kinds[i]) for i in y])
-    return torch.from_numpy(x).permute(0, 3, 1, 2).float()/127.5-1,torch.from_numpy(y)
+    pictures = [object_image(rng, VIT['img_size'], *kinds[i]) for i in y]
+    x = _as_images(pictures)/127.5-1
+    return x,torch.from_numpy(y)
+
+def _places(rng, count, size):
+    "Middles of things that do not lie on each other."
+    at = []
+    while len(at) < count:
+        middle = rng.uniform(.15, .85, 2)*size
+        is_free = all(np.hypot(*(middle-m)) > .31*size for m in at)
+        if is_free: at.append(middle)
+    return at
+
+def _counted_picture(rng, count, size):
+    "So many small base things on a calm ground."
+    grey = rng.uniform(.15, .9)
+    tint = rng.uniform(-.12, .12, 3)
+    img = np.clip(grey+tint, 0, 1)*np.ones((size, size, 3))
+    for cx,cy in _places(rng, count, size):
+        radius = size*rng.uniform(.12, .17)
+        angle = rng.uniform(-.6, .6)
+        kind = BASE[rng.integers(len(BASE))]
+        paint_object(rng, img, cx, cy, radius, angle, *kind)
+    return np.clip(img, 0, 1)
 
 def counted(n, seed):
     """Pictures of one to four small base things on a calm ground, which do not lie on each other, and how many less
     one."""
-    rng,size = np.random.default_rng([seed, 2027]),VIT['img_size']
-    y,x = np.arange(n) % 4,[]
-    for k in y:
-        img,at = np.clip(rng.uniform(.15, .9)+rng.uniform(-.12, .12, 3), 0, 1)*np.ones((size, size, 3)),[]
-        while len(at) <= k:
-            middle = rng.uniform(.15, .85, 2)*size
-            if all(np.hypot(*(middle-m)) > .31*size for m in at): at.append(middle)
-        for cx,cy in at:
-            paint_object(rng, img, cx, cy, size*rng.uniform(.12, .17), rng.uniform(-.6, .6),
-                         *BASE[rng.integers(len(BASE))])
-        x.append(np.clip(img, 0, 1))
-    return torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float()*2-1,torch.from_numpy(y)
+    rng = np.random.default_rng([seed, 2027])
+    y = np.arange(n) % 4
+    pictures = [_counted_picture(rng, k+1, VIT['img_size']) for k in y]
+    x = _as_images(pictures)*2-1
+    return x,torch.from_numpy(y)
 
 def at_night(x, seed):
     "A fifth of the light, and noise."
     g = torch.Generator().manual_seed(seed)
-    return ((x+1)/2*.2 + .04*torch.randn(x.shape, generator=g)).clamp(0, 1)*2-1
+    noise = torch.randn(x.shape, generator=g)
+    dark = (x+1)/2*.2 + .04*noise
+    return dark.clamp(0, 1)*2-1
 
 @functools.lru_cache(maxsize=4)
 def load_task(task, seed):
     "Pictures and labels to train on and to test with, and the number of classes."
-    n,m = SET['train'][task],SET['test']
-    if task == 'novel': return things(NOVEL, n, seed+1),things(NOVEL, m, seed+100_001),len(NOVEL)
-    if task == 'night':
-        (x,y),(tx,ty) = things(NOVEL, n, seed+1),things(NOVEL, m, seed+100_001)
-        return (at_night(x, seed+1), y),(at_night(tx, seed+100_001), ty),len(NOVEL)
-    return counted(n, seed+1),counted(m, seed+100_001),4
+    def pictures(n, seed):
+        if task == 'count': return counted(n, seed)
+        x,y = things(NOVEL, n, seed)
+        return (at_night(x, seed) if task == 'night' else x),y
+    train = pictures(SET['train'][task], seed+1)
+    test = pictures(SET['test'], seed+100_001)
+    return train,test,4 if task == 'count' else len(NOVEL)
 
 # %% ../../nbs/vit/66_spt_study.ipynb #68249d72
 def new_vit(classes, seed=0):
@@ -96,13 +120,15 @@ def new_vit(classes, seed=0):
 
 def fit(model, x, y, steps, batch, lr, seed, weight_decay, warmup):
     "AdamW with a cosine, over what has a gradient."
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(learned, lr=lr, weight_decay=weight_decay)
     g = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(x), generator=g) for _ in range(math.ceil(steps*batch/len(x)))])
+    epochs = math.ceil(steps*batch/len(x))
+    order = torch.cat([torch.randperm(len(x), generator=g) for _ in range(epochs)])
     model.train()
     for i in range(steps):
-        for group in opt.param_groups:
-            group['lr'] = lr*min(1, (i+1)/max(1, warmup))*cosine_share(i, steps)
+        rise = min(1, (i+1)/max(1, warmup))
+        for group in opt.param_groups: group['lr'] = lr*rise*cosine_share(i, steps)
         at = order[i*batch:(i+1)*batch]
         opt.zero_grad()
         F.cross_entropy(model(x[at]), y[at]).backward()
@@ -110,7 +136,10 @@ def fit(model, x, y, steps, batch, lr, seed, weight_decay, warmup):
     return model.eval()
 
 @torch.no_grad()
-def accuracy(model, x, y): return (torch.cat([model(p) for p in x.split(100)]).argmax(1) == y).float().mean().item()
+def accuracy(model, x, y):
+    logits = torch.cat([model(part) for part in x.split(100)])
+    right = logits.argmax(1) == y
+    return right.float().mean().item()
 
 @functools.lru_cache(maxsize=1)
 def pretrain(work):
@@ -121,8 +150,9 @@ def pretrain(work):
         x,y = things(BASE, SET['pretrain_images'], 0)
         began = time.process_time()
         fit(model, x, y, SET['pretrain_steps'], SET['pretrain_batch'], SET['pretrain_lr'], 0, .05, 50)
-        save_tensors(model.state_dict(), file,
-                     dict(accuracy=accuracy(model, *things(BASE, 400, 77)), seconds=time.process_time()-began))
+        found = accuracy(model, *things(BASE, 400, 77))
+        seconds = time.process_time()-began
+        save_tensors(model.state_dict(), file, dict(accuracy=found, seconds=seconds))
     state,meta = load_tensors(file)
     model.load_state_dict(state)
     return model.eval(),{k: float(v) for k,v in meta.items()}
@@ -130,58 +160,72 @@ def pretrain(work):
 def for_task(base, classes, seed):
     "The pretrained body with a new head."
     model = new_vit(classes, seed)
-    model.load_state_dict({k: v for k,v in base.state_dict().items() if not k.startswith('head.')}, strict=False)
+    body = {k: v for k,v in base.state_dict().items() if not k.startswith('head.')}
+    model.load_state_dict(body, strict=False)
     return model.eval()
 
 # %% ../../nbs/vit/66_spt_study.ipynb #892d591a
 def deal_again(sens, seed):
     "The same sensitivities at random places: among tensors of a shape, and inside them."
-    g,names = torch.Generator().manual_seed(seed),list(sens)
+    g = torch.Generator().manual_seed(seed)
+    names = list(sens)
     res = {}
     for shape in dict.fromkeys(t.shape for t in sens.values()):
         group = [n for n in names if sens[n].shape == shape]
-        for n,i in zip(group, torch.randperm(len(group), generator=g).tolist()):
+        others = torch.randperm(len(group), generator=g).tolist()
+        for n,i in zip(group, others):
             t = sens[group[i]]
-            res[n] = t.flatten()[torch.randperm(t.numel(), generator=g)].view(shape)
+            places = torch.randperm(t.numel(), generator=g)
+            res[n] = t.flatten()[places].view(shape)
     return {n: res[n] for n in names}
 
 def tune_part(model, x, y, seed, kind, share=1., scattered=True, size=None, everywhere=False):
     "SPT as in one of the `PARTS`."
     if everywhere:
-        BLOCK_KINDS[kind][0](model, None, size, seed=seed)
-        return [p.requires_grad_(True) for p in (model.cls_token, *model.head.parameters())]
-    sens = param_sensitivity(model, [(x, y)], F.cross_entropy, n_samples=math.ceil(share*len(x)), chunk=32,
-                             seed=seed)
+        add,*_ = BLOCK_KINDS[kind]
+        add(model, None, size, seed=seed)
+        for p in (model.cls_token, *model.head.parameters()): p.requires_grad_(True)
+        return
+    count = math.ceil(share*len(x))
+    sens = param_sensitivity(model, [(x, y)], F.cross_entropy, n_samples=count, chunk=32, seed=seed)
     budget = SET['budget']+VIT['embed_dim']
     if kind in BLOCK_KINDS: return add_spt_blocks(model, sens, budget, kind, size, seed)
     with warnings.catch_warnings(action='ignore', category=UserWarning): # modules alone may not meet the budget
-        add_spt(model, allocate(sens, budget, kind, SET['r'], scattered=scattered), seed=seed)
+        alloc = allocate(sens, budget, kind, SET['r'], scattered=scattered)
+        add_spt(model, alloc, seed=seed)
 
 # %% ../../nbs/vit/66_spt_study.ipynb #85782829
+def _train_ends(model, with_token):
+    "Let the head learn, and the class token where that is asked for."
+    for name,p in model.named_parameters():
+        if name.startswith('head.') or with_token and name == 'cls_token': p.requires_grad_(True)
+
+def _add_sensitive(model, arm, x, y, seed):
+    "Add updates where they are most sensitive; for the arm `random` at random places instead."
+    kind = {'sparse': 'none', 'spt-adapter': 'adapter'}.get(arm, 'lora')
+    sens = param_sensitivity(model, [(x, y)], F.cross_entropy, n_samples=len(x), chunk=32)
+    if arm == 'random': sens = deal_again(sens, seed)
+    # with the class token: the tau whose total is nearest, so that all arms train as much
+    budget = SET['budget']
+    token = VIT['embed_dim']
+    total = budget+token
+    taus = range(budget//4, 2*budget, 32)
+    swept = sweep_allocations(sens, [total], kind, SET['r'], taus=taus, always=token)
+    add_spt(model, swept[total], seed=seed)
+
 def tune_this(model, arm, x, y, seed):
     "Make ready what an arm trains."
-    budget,r = SET['budget'],SET['r']
-    def full():
-        return [p.requires_grad_(True)
-                for n,p in model.named_parameters() if n.startswith('head.')
-                or n == 'cls_token' and arm != 'linear']
     if arm == 'full': return
     if arm in PARTS: return tune_part(model, x, y, seed, **PARTS[arm])
     if arm in ('linear', 'bias'):
-        for n,p in model.named_parameters(): p.requires_grad_(arm == 'bias' and n.endswith('bias'))
+        for n,p in model.named_parameters():
+            learns = arm == 'bias' and n.endswith('bias')
+            p.requires_grad_(learns)
     elif arm == 'lora':
         add_lora(model, ['blocks.*.attn.qkv.weight[q]', 'blocks.*.attn.qkv.weight[v]'], r=3, seed=seed)
     elif arm == 'adapter': add_adapters(model, 'blocks.*.mlp.fc2.weight', r=5, seed=seed)
-    else:
-        kind = dict(sparse='none').get(arm, 'adapter' if arm == 'spt-adapter' else 'lora')
-        s = param_sensitivity(model, [(x, y)], F.cross_entropy, n_samples=len(x), chunk=32)
-        if arm == 'random': s = deal_again(s, seed)
-        # with the class token: the tau whose total is nearest, so that all arms train as much
-        total = budget+VIT['embed_dim']
-        add_spt(model,
-                sweep_allocations(s, [total], kind, r, taus=range(budget//4, 2*budget, 32),
-                                  always=VIT['embed_dim'])[total], seed=seed)
-    full()
+    else: _add_sensitive(model, arm, x, y, seed)
+    _train_ends(model, arm != 'linear')
 
 # %% ../../nbs/vit/66_spt_study.ipynb #39ef6e7f
 def job(work, task, arm, seed, lr):
@@ -194,11 +238,15 @@ def job(work, task, arm, seed, lr):
     began = time.process_time()
     tune_this(model, arm, x, y, seed)
     report = trainable_report(model)
-    head = int(report['count'][report['class'] == 'head'].sum())
+    of_head = report['class'] == 'head'
+    head = int(report['count'][of_head].sum())
     fit(model, x, y, SET['steps'], SET['batch'], lr, seed, SET['weight_decay'], SET['warmup'])
-    res = dict(task=task, arm=arm, seed=seed, lr=lr, accuracy=accuracy(model, tx, ty),
-               trained=report.attrs['trained']-head, head=head, body=report.attrs['body'],
-               chance=float(ty.bincount().max()/len(ty)), seconds=time.process_time()-began)
+    found = accuracy(model, tx, ty)
+    trained = report.attrs['trained']-head
+    chance = ty.bincount().max()/len(ty)
+    seconds = time.process_time()-began
+    res = dict(task=task, arm=arm, seed=seed, lr=lr, accuracy=found, trained=trained, head=head,
+               body=report.attrs['body'], chance=float(chance), seconds=seconds)
     save_json(res, file)
     return res
 
@@ -209,11 +257,16 @@ def patterns(work, seed=0):
     table = analyze(base, skip=('head',))
     res = {}
     for task in SET['train']:
-        (x,y),_,classes = load_task(task, seed)
-        s = param_sensitivity(for_task(base, classes, seed), [(x, y)], F.cross_entropy, chunk=32)
-        frame = alpha_sensitivity(table, s)
-        res[task] = dict({by: sensitivity_profile(s, SET['budget'], by).to_dict('index')
-                          for by in ('block', 'operation')}, alpha=dict(frame.attrs, layers=frame.to_dict('index')))
+        pictures,_,classes = load_task(task, seed)
+        model = for_task(base, classes, seed)
+        sens = param_sensitivity(model, [pictures], F.cross_entropy, chunk=32)
+        frame = alpha_sensitivity(table, sens)
+        found = {}
+        for by in ('block', 'operation'):
+            profile = sensitivity_profile(sens, SET['budget'], by)
+            found[by] = profile.to_dict('index')
+        found['alpha'] = dict(frame.attrs, layers=frame.to_dict('index'))
+        res[task] = found
     return res
 
 # %% ../../nbs/vit/66_spt_study.ipynb #9d94ba73
@@ -224,10 +277,17 @@ def gaps(work, seed=0):
     """How far each task is from the source, as the pretrained network sees it (Fig. 2.3 c); one width of the kernel
     for all."""
     base, _ = pretrain(work)
-    def seen(x): return features_of(base, [(part,) for part in x.split(100)], 400)
-    source = seen(things(BASE, SET['test'], 77)[0])
-    tasks = {task: seen(load_task(task, seed)[1][0]) for task in SET['train']}
-    width = median_distance(source, torch.cat(list(tasks.values())))
+    def seen(pictures):
+        batches = [(part,) for part in pictures.split(100)]
+        return features_of(base, batches, 400)
+    pictures,_ = things(BASE, SET['test'], 77)
+    source = seen(pictures)
+    tasks = {}
+    for task in SET['train']:
+        _,(pictures,_),_ = load_task(task, seed)
+        tasks[task] = seen(pictures)
+    every = torch.cat(list(tasks.values()))
+    width = median_distance(source, every)
     return {task: dict(mmd=mmd(source, y, width)) for task,y in tasks.items()}
 
 # %% ../../nbs/vit/66_spt_study.ipynb #2c08072d
@@ -250,8 +310,9 @@ def sized_job(sizes, work, task, arm, seed, rate):
 def _best_rates(done, arms=ARMS):
     "The learning rate of each arm and task that was best on the seed of its own."
     def best(task, arm):
-        tried = [run for (of, by, _, _),run in done.items() if (of, by) == (task, arm)]
-        return max(tried, key=lambda run: run['accuracy'])['lr']
+        tried = [run for place,run in done.items() if place[:2] == (task, arm)]
+        highest = max(tried, key=lambda run: run['accuracy'])
+        return highest['lr']
     return {task: {arm: best(task, arm) for arm in arms} for task in SET['train']}
 
 def spt_rows(
@@ -270,19 +331,21 @@ def spt_rows(
         _use(sizes)
         with one_thread():
             base = run_jobs({'base': ((), pretrained, (sizes, work))}, desc=study.name)['base']
-            tries = [(task, arm, 1000, rate) for task in SET['train'] for arm in arms
-                     for rate in (RATES[:1] if small else RATES)]
-            tried = {one: ((), sized_job, (sizes, work, *one)) for one in tries}
-            rates = _best_rates(run_jobs(tried, scheduler, f'{study.name}, learning rates'), arms)
-            wanted = [(task, arm, seed, rates[task][arm]) for seed in seeds for task in SET['train']
-                      for arm in arms]
-            done = run_jobs({one: ((), sized_job, (sizes, work, *one)) for one in wanted}, scheduler, study.name)
+            places = [(task, arm) for task in SET['train'] for arm in arms]
+            tries = [(*place, 1000, rate) for place in places for rate in (RATES[:1] if small else RATES)]
+            tried = run_jobs(_jobs(tries, sizes, work), scheduler, f'{study.name}, learning rates')
+            rates = _best_rates(tried, arms)
+            wanted = [(task, arm, seed, rates[task][arm]) for seed in seeds for task,arm in places]
+            done = run_jobs(_jobs(wanted, sizes, work), scheduler, study.name)
             results = [done[one] for one in wanted]
-            found = patterns(work) if arms is ARMS else gaps(work)
+            found = dict(patterns=patterns(work)) if arms is ARMS else dict(gaps=gaps(work))
         return dict(what='SPT on ShapesWorld: toy scale', run=_minutes(results, base), seeds=list(seeds), vit=VIT,
-                    settings=dict(sizes), rates=rates, pretrained=base['accuracy'], results=results,
-                    **{'patterns' if arms is ARMS else 'gaps': found})
+                    settings=dict(sizes), rates=rates, pretrained=base['accuracy'], results=results, **found)
     finally: _use(usual)
+
+def _jobs(runs, sizes, work):
+    "What `run_jobs` takes for these runs: (task, arm, seed, learning rate)."
+    return {run: ((), sized_job, (sizes, work, *run)) for run in runs}
 
 def _minutes(results, base):
     "What a file says of time and versions."

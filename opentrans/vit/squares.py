@@ -18,9 +18,13 @@ def _add_squares(acc, g, a, buffer):
     """acc += sum over samples of (g_i^T a_i)^2, for g (B,T,n) and a (B,T,m). Tokens that nothing depends on (all
     but the class token, in a last block) are left out."""
     live = (g != 0).any(2).any(0)
-    if not live.all(): g,a = g[:, live],a[:, live]
+    if not live.all():
+        g = g[:, live]
+        a = a[:, live]
     if g.shape[1] == 1:
-        acc.addmm_(g[:, 0].square().T, a[:, 0].square())
+        of_outputs = g[:, 0].square()
+        of_inputs = a[:, 0].square()
+        acc.addmm_(of_outputs.T, of_inputs)
         return
     for gi,ai in zip(g, a):
         torch.mm(gi.T, ai, out=buffer)
@@ -39,12 +43,18 @@ class _Rule:
         try: mine = self.out(x)
         # another shape than this rule is for
         except (RuntimeError, IndexError): return False
-        return mine.shape == y.shape and torch.allclose(mine, y, atol=1e-5, rtol=1e-4)
+        if mine.shape != y.shape: return False
+        return torch.allclose(mine, y, atol=1e-5, rtol=1e-4)
     def add(self, put, x, g, n):
         "Add to the sums of weight and bias; `put(key)` is the sum."
-        h = _flat(g*self.normed(x), n, self.axis).sum(1)
-        put(self.keys[0]).add_(h.square().sum(0).view(self.m._parameters[self.keys[0]].shape))
-        if len(self.keys) > 1: put(self.keys[1]).add_(_flat(g, n, self.axis).sum(1).square().sum(0))
+        weight,*bias = self.keys
+        shape = self.m._parameters[weight].shape
+        of_weight = _flat(g*self.normed(x), n, self.axis).sum(1)
+        squares = of_weight.square().sum(0)
+        put(weight).add_(squares.view(shape))
+        for key in bias:
+            of_bias = _flat(g, n, self.axis).sum(1)
+            put(key).add_(of_bias.square().sum(0))
 
 # %% ../../nbs/vit/61a_squares.ipynb #9e2aa896
 class _LinearRule(_Rule):
@@ -52,63 +62,98 @@ class _LinearRule(_Rule):
     def out(self, x): return F.linear(x, self.m.weight, self.m.bias)
     def add(self, put, x, g, n):
         g = _flat(g, n, -1)
-        _add_squares(put('weight'), g, _flat(x, n, -1), put.buffer(self.m.weight.shape))
-        if self.m.bias is not None: put('bias').add_(g.sum(1).square().sum(0))
+        a = _flat(x, n, -1)
+        buffer = put.buffer(self.m.weight.shape)
+        _add_squares(put('weight'), g, a, buffer)
+        if self.m.bias is not None:
+            of_bias = g.sum(1).square()
+            put('bias').add_(of_bias.sum(0))
 
 class _ConvRule(_Rule):
-    axis,plain = 1,nn.Conv2d.forward
+    axis = 1
+    plain = nn.Conv2d.forward
     def out(self, x): return self.m._conv_forward(x, self.m.weight, self.m.bias)
+    def patches(self, x):
+        "What the kernel sees at each place: (features, places of all images)."
+        m = self.m
+        down,right = m.stride
+        is_pointwise = m.weight.shape[2:] == (1, 1)
+        if is_pointwise: seen = x[:, :, ::down, ::right].flatten(2)
+        else: seen = F.unfold(x, m.kernel_size, m.dilation, 0, m.stride)
+        return seen.movedim(0, 1).flatten(1)
     def add(self, put, x, g, n):
         m = self.m
-        k = self.m.groups
+        groups = m.groups
         go = _flat(g, n, 1)
-        w,acc = m.weight.shape,put('weight').view(k, m.weight.shape[0]//k, -1)
-        x = F.pad(x, m._reversed_padding_repeated_twice,
-                  mode='constant' if m.padding_mode == 'zeros' else m.padding_mode)
+        outputs = m.weight.shape[0]//groups
+        acc = put('weight').view(groups, outputs, -1)
+        mode = 'constant' if m.padding_mode == 'zeros' else m.padding_mode
+        x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
         for i in range(n):
-            xi = x[i*len(x)//n:(i+1)*len(x)//n]
-            a = (xi[:, :, ::m.stride[0], ::m.stride[1]].flatten(2) if w[2:] == (1, 1)
-                 else F.unfold(xi, m.kernel_size, m.dilation, 0, m.stride)).movedim(0, 1).flatten(1)
-            if k == 1: _add_squares(acc[0], go[i:i+1], a.T[None], put.buffer(acc.shape[1:]))
-            else: acc.add_((go[i].T.unflatten(0, (k, -1))@a.unflatten(0, (k, -1)).mT).square())
-        if m.bias is not None: put('bias').add_(go.sum(1).square().sum(0))
+            first = i*len(x)//n
+            last = (i+1)*len(x)//n
+            a = self.patches(x[first:last])
+            if groups == 1:
+                buffer = put.buffer(acc.shape[1:])
+                _add_squares(acc[0], go[i:i+1], a.T[None], buffer)
+            else:
+                gi = go[i].T.unflatten(0, (groups, -1))
+                ai = a.unflatten(0, (groups, -1))
+                acc.add_((gi@ai.mT).square())
+        if m.bias is not None:
+            of_bias = go.sum(1).square()
+            put('bias').add_(of_bias.sum(0))
 
 class _NormRule(_Rule):
     "A norm whose weight and bias act feature by feature."
     def __init__(self, module, axis):
         super().__init__(module)
-        self.axis,self.keys = axis,[k for k in ('weight', 'bias') if module._parameters.get(k) is not None]
+        self.axis = axis
+        own = module._parameters
+        self.keys = [k for k in ('weight', 'bias') if own.get(k) is not None]
     def normed(self, x):
         m = self.m
         if isinstance(m, nn.LayerNorm):
-            return F.layer_norm(x.movedim(self.axis, -1), m.normalized_shape, None, None, m.eps).movedim(
-                -1, self.axis)
+            y = F.layer_norm(x.movedim(self.axis, -1), m.normalized_shape, None, None, m.eps)
+            return y.movedim(-1, self.axis)
         if isinstance(m, nn.GroupNorm): return F.group_norm(x, m.num_groups, None, None, m.eps)
         return F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0., m.eps)
     def out(self, x):
         y = self.normed(x).movedim(self.axis, -1)*self.m.weight
-        return (y if self.m.bias is None else y+self.m.bias).movedim(-1, self.axis)
+        if self.m.bias is not None: y = y+self.m.bias
+        return y.movedim(-1, self.axis)
 
 class _ScaleRule(_Rule):
     "A factor for each feature, such as a layer scale's `gamma`."
     def __init__(self, module, axis):
         super().__init__(module)
-        self.axis,self.keys = axis,list(module._parameters)
+        self.axis = axis
+        self.keys = list(module._parameters)
     def normed(self, x): return x
-    def out(self, x): return (x.movedim(self.axis, -1)*self.m._parameters[self.keys[0]]).movedim(-1, self.axis)
+    def out(self, x):
+        factor = self.m._parameters[self.keys[0]]
+        y = x.movedim(self.axis, -1)*factor
+        return y.movedim(-1, self.axis)
 
 # %% ../../nbs/vit/61a_squares.ipynb #5fc8dfa2
+def _is_vector_alone(m):
+    "Does a module hold one vector, and nothing else?"
+    own = list(m._parameters.values())
+    if len(own) != 1 or list(m.children()): return False
+    return own[0].dim() == 1
+
 def _rules(m):
     """The rules that a module may follow; which one is found out by trying. A weight that a parametrisation
     computes is left to the loop."""
-    if isinstance(m, (nn.Linear, nn.Conv2d)) and m._parameters.get('weight') is None: return []
+    is_map = isinstance(m, (nn.Linear, nn.Conv2d))
+    if is_map and m._parameters.get('weight') is None: return []
     if isinstance(m, nn.Linear): return [_LinearRule(m)]
     if isinstance(m, nn.Conv2d): return [_ConvRule(m)]
     if isinstance(m, nn.LayerNorm) and m.weight is not None and len(m.normalized_shape) == 1:
         return [_NormRule(m, -1), _NormRule(m, 1)]
-    if isinstance(m, (nn.GroupNorm, BATCH_NORMS)) and m.weight is not None: return [_NormRule(m, 1)]
-    if len(m._parameters) == 1 and not list(m.children()) and next(iter(m._parameters.values())).dim() == 1:
-        return [_ScaleRule(m, -1), _ScaleRule(m, 1)]
+    is_norm = isinstance(m, (nn.GroupNorm, BATCH_NORMS))
+    if is_norm and m.weight is not None: return [_NormRule(m, 1)]
+    if _is_vector_alone(m): return [_ScaleRule(m, -1), _ScaleRule(m, 1)]
     return []
 
 class _AttentionPart:
@@ -119,26 +164,37 @@ class _AttentionPart:
         packed = mha.in_proj_weight is not None
         e = mha.embed_dim
         self.rows = slice(i*e, (i+1)*e)
-        self.key,self.at = ('in_proj_weight', self.rows) if packed else (f'{"qkv"[i]}_proj_weight', slice(None))
+        self.key = 'in_proj_weight' if packed else f'{"qkv"[i]}_proj_weight'
+        self.at = self.rows if packed else slice(None)
     def add(self, put, x, g, n):
-        g,acc = _flat(g, n, -1),put(self.key)[self.at]
-        _add_squares(acc, g, _flat(x, n, -1), put.buffer(acc.shape))
-        if self.m.in_proj_bias is not None: put('in_proj_bias')[self.rows].add_(g.sum(1).square().sum(0))
+        g = _flat(g, n, -1)
+        a = _flat(x, n, -1)
+        acc = put(self.key)[self.at]
+        _add_squares(acc, g, a, put.buffer(acc.shape))
+        if self.m.in_proj_bias is not None:
+            of_bias = g.sum(1).square()
+            put('in_proj_bias')[self.rows].add_(of_bias.sum(0))
 
 # %% ../../nbs/vit/61a_squares.ipynb #4507b89e
 class _Sums:
     """The running sums of one module's parameters, made when they are first asked for; and buffers for products,
     shared by all modules."""
     buffers = None
-    def __init__(self, module, buffers): self.module,self.buffers,self.of = module,buffers,{}
+    def __init__(self, module, buffers):
+        self.module = module
+        self.buffers = buffers
+        self.of = {}
     def __call__(self, key):
         if key not in self.of:
-            self.of[key] = torch.zeros_like(self.module._parameters[key], memory_format=torch.contiguous_format)
+            p = self.module._parameters[key]
+            self.of[key] = torch.zeros_like(p, memory_format=torch.contiguous_format)
         return self.of[key]
     def buffer(self, shape):
-        p = next(iter(self.module.parameters()))
-        return (self.buffers.setdefault((*shape,), torch.empty(*shape, dtype=p.dtype, device=p.device))
-                if (*shape,) not in self.buffers else self.buffers[(*shape,)])
+        size = tuple(shape)
+        if size not in self.buffers:
+            p = next(iter(self.module.parameters()))
+            self.buffers[size] = torch.empty(size, dtype=p.dtype, device=p.device)
+        return self.buffers[size]
 
 class _Taps:
     "Hooks on modules: what goes in, and the gradient of what comes out, turned into sums of squared gradients."
@@ -156,9 +212,11 @@ class _Taps:
     def covered(self, module, key):
         "Are all gradients of this parameter caught?"
         own = [k for k in self.rules if k[0] == id(module)]
-        return (bool(own) if not isinstance(module, nn.MultiheadAttention)
-                else key.startswith('in_proj') and len(own) == 3
-                or key[1:] == '_proj_weight' and (id(module), 'qkv'.index(key[0])) in self.rules)
+        if not isinstance(module, nn.MultiheadAttention): return bool(own)
+        if key.startswith('in_proj') and len(own) == 3: return True
+        if key[1:] != '_proj_weight': return False
+        place = id(module),'qkv'.index(key[0])
+        return place in self.rules
 
     def call(self, module, i, x, y):
         "One call of a module (or of the i-th projection of an attention)."
@@ -167,7 +225,9 @@ class _Taps:
             self.probe(key, module, x, y)
             return y
         if key not in self.rules: return y
-        if not y.requires_grad: y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
+        if not y.requires_grad:
+            zero = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
+            y = y + zero
         x = x.detach()
         y.register_hook(lambda g: self.gradient(key, module, x, g))
         return y
@@ -175,43 +235,64 @@ class _Taps:
     @torch.no_grad()
     def gradient(self, key, module, x, g):
         d = self.dims.get(key, 0) if self.n > 1 else 0
-        self.rules[key].add(self.sums[id(module)], *((x.movedim(d, 0), g.movedim(d, 0)) if d else (x, g)), self.n)
+        if d:
+            x = x.movedim(d, 0)
+            g = g.movedim(d, 0)
+        sums = self.sums[id(module)]
+        self.rules[key].add(sums, x, g, self.n)
 
 # %% ../../nbs/vit/61a_squares.ipynb #8825bae9
 _LOST = object()
+
+def _grown(one, two):
+    "The dimensions in which two samples are twice as long as one, and alike in all others."
+    res = []
+    for d in range(two.dim()):
+        others = one.shape[:d]+one.shape[d+1:]
+        same = two.shape[:d]+two.shape[d+1:] == others
+        if same and two.shape[d] == 2*one.shape[d]: res.append(d)
+    return res
+
+def _fitting(module, i, x, y):
+    "The rules that compute what a module does."
+    if isinstance(module, nn.MultiheadAttention): return [_AttentionPart(module, i)]
+    return [rule for rule in _rules(module) if rule.fits(x, y)]
 
 @torch.no_grad()
 def _probe(self, key, module, x, y):
     """A trial call: `one` sample finds the rule; `two` (the first of them the same) find the dimension of samples.
     A module that is called twice, or fits no rule, is left to the loop."""
     if self.mode == 'one':
-        rules = ([_AttentionPart(module, key[1])] if isinstance(module, nn.MultiheadAttention)
-                 else [r for r in _rules(module) if r.fits(x, y)])
-        self.kept[key] = _LOST if key in self.kept or not rules else (x, rules[0])
+        rules = _fitting(module, key[1], x, y)
+        is_lost = key in self.kept or not rules
+        self.kept[key] = _LOST if is_lost else (x, rules[0])
     elif self.kept.get(key, _LOST) is not _LOST:
-        (a,rule),self.kept[key] = self.kept[key],_LOST
-        grown = [d
-                 for d in range(x.dim())
-                 if x.shape[d] == 2*a.shape[d] and x.shape[:d]+x.shape[d+1:] == a.shape[:d]+a.shape[d+1:]]
-        same = [d for d in grown if torch.allclose(x.narrow(d, 0, a.shape[d]), a, atol=1e-4, rtol=1e-3)]
-        if same and (same[0] == 0 or same[0] < x.dim()-1 and getattr(rule, 'axis', -1) == -1):
-            self.rules[key],self.dims[key] = rule,same[0]
+        one,rule = self.kept[key]
+        self.kept[key] = _LOST
+        def holds(d): return torch.allclose(x.narrow(d, 0, one.shape[d]), one, atol=1e-4, rtol=1e-3)
+        same = [d for d in _grown(one, x) if holds(d)]
+        if not same: return
+        d = same[0]
+        axis = getattr(rule, 'axis', -1)
+        if d == 0 or d < x.dim()-1 and axis == -1:
+            self.rules[key] = rule
+            self.dims[key] = d
 
 def _install(self):
     "Put the hooks on; an attention is written out, so that its projections can be seen."
+    def note(m, given, y):
+        if len(given) == 1 and isinstance(y, torch.Tensor): return self.call(m, 0, given[0], y)
     for m in self.modules:
         if isinstance(m, nn.MultiheadAttention):
             if m.bias_k is not None or m.add_zero_attn: continue
             def project(i, x, m=m): return self.call(m, i, x, F.linear(x, *projection(m, i)))
             m.forward = lambda *a, m=m, project=project, **kw: attend(m, project, m.out_proj, *a, **kw)
             self.undo.append(lambda m=m: m.__dict__.pop('forward'))
-        else:
-            self.undo.append(m.register_forward_hook(lambda m, a, y: self.call(m, 0, a[0], y)
-                                                     if len(a) == 1 and isinstance(y, torch.Tensor)
-                                                     else None).remove)
+        else: self.undo.append(m.register_forward_hook(note).remove)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     self.undo.append(lambda: torch.backends.mha.set_fastpath_enabled(fast))
     return Handle(*self.undo)
 
-_Taps.probe,_Taps.install = _probe,_install
+_Taps.probe = _probe
+_Taps.install = _install

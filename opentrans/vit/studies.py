@@ -29,14 +29,16 @@ from .spvit_study import spvit_parts_rows, spvit_rows
 # %% ../../nbs/vit/69_studies.ipynb #34d4d5da
 def _means(data, value, *by):
     "Mean, spread and number of a value of the rows, by arm."
-    return 100*pd.DataFrame(data['results']).groupby(list(by), sort=False)[value].agg(['mean', 'std'])
+    rows = pd.DataFrame(data['results'])
+    values = rows.groupby(list(by), sort=False)[value]
+    return 100*values.agg(['mean', 'std'])
 
 def _check_rows(*columns):
     "A check that a file has rows with these columns."
+    def is_row(row): return isinstance(row, dict) and {*columns} <= {*row}
     def check(data, file):
         rows = data.get('results')
-        whole = (isinstance(rows, list) and rows
-                 and all(isinstance(row, dict) and {*columns} <= {*row} for row in rows))
+        whole = isinstance(rows, list) and rows and all(is_row(row) for row in rows)
         if not whole: raise FormatError(f"'{file}' has no rows with {', '.join(columns)}. Run the study again.")
     return check
 
@@ -46,30 +48,46 @@ _SHARES = {'accuracy', 'every', 'best', 'share', 'miou', 'ap50', 'small_alone', 
 def _with_spread(column, mean, spread):
     "A mean and its spread over the seeds, in print."
     if column in _SHARES: return f'{100*mean:.1f} ± {100*spread:.1f}'
-    return f'{mean:,.0f} ± {spread:,.0f}' if mean >= 1000 else f'{mean:.4g} ± {spread:.2g}'
+    if mean >= 1000: return f'{mean:,.0f} ± {spread:,.0f}'
+    return f'{mean:.4g} ± {spread:.2g}'
+
+def _as_markdown(rows, name, index=None):
+    "Rows by name as a table in Markdown, whose first column has this title."
+    frame = pd.DataFrame(rows, index=index).T
+    named = frame.rename_axis(name).reset_index()
+    return named.to_markdown(index=False)
+
+def _title(column):
+    words = column.replace('_', ' ')
+    return f'{words} (%)' if column in _SHARES else words
 
 def _table(*columns):
     "A text of a study: means of columns by arm, with their spread over the seeds, as Markdown."
-    titles = [column.replace('_', ' ') + (' (%)' if column in _SHARES else '') for column in columns]
+    titles = [_title(column) for column in columns]
     def text(data):
-        rows = pd.DataFrame(data['results']).groupby('arm', sort=False)[list(columns)]
-        means,spreads = rows.mean(),rows.std()
-        told = {arm: [_with_spread(column, means.loc[arm, column], spreads.loc[arm, column]) for column in columns]
-                for arm in means.index}
-        return pd.DataFrame(told, index=titles).T.rename_axis('arm').reset_index().to_markdown(index=False)
+        results = pd.DataFrame(data['results'])
+        rows = results.groupby('arm', sort=False)[list(columns)]
+        means = rows.mean()
+        spreads = rows.std()
+        def told(arm, column): return _with_spread(column, means.loc[arm, column], spreads.loc[arm, column])
+        by_arm = {arm: [told(arm, column) for column in columns] for arm in means.index}
+        return _as_markdown(by_arm, 'arm', titles)
     return text
 
 def _gaps(data):
     "How far tasks are from the source, and what modules alone are ahead of single weights alone (Fig. 2.3 c)."
     means = _means(data, 'accuracy', 'task', 'arm')['mean']
     def ahead(task): return means[task, 'adapters without single weights'] - means[task, 'single weights alone']
-    rows = {task: {'MMD to the source': f"{found['mmd']:.3g}", 'modules ahead, points': f'{ahead(task):+.1f}'}
-            for task,found in data['gaps'].items()}
-    return pd.DataFrame(rows).T.rename_axis('task').reset_index().to_markdown(index=False)
+    rows = {}
+    for task,found in data['gaps'].items():
+        distance = f"{found['mmd']:.3g}"
+        rows[task] = {'MMD to the source': distance, 'modules ahead, points': f'{ahead(task):+.1f}'}
+    return _as_markdown(rows, 'task')
 
 def _bars(ax, means, title):
     "Bars of means with their spread."
-    ax.barh([for_plot(name) for name in means.index], means['mean'], xerr=means['std'], color='#4e79a7')
+    names = [for_plot(name) for name in means.index]
+    ax.barh(names, means['mean'], xerr=means['std'], color='#4e79a7')
     ax.invert_yaxis()
     ax.set_title(for_plot(title), fontsize=9)
 
@@ -84,6 +102,18 @@ class _ImageOnly(torch.nn.Module):
     def tower(self): return self.seg.tower
     def forward(self, images): return self.seg(images, self.text)
 
+def _first_samples(data, n, size, seed):
+    "Images and labels of the first samples of a set, as one batch."
+    count = min(n, len(data))
+    samples = [data[i] for i in range(count)]
+    shapes = {sample['image'].shape for sample in samples}
+    if len(shapes) > 1:
+        # real images differ in size
+        samples = [augment(sample, size, [seed, i], None, 0.) for i,sample in enumerate(samples)]
+    images = torch.stack([sample['image'] for sample in samples])
+    labels = torch.stack([sample['labels'] for sample in samples])
+    return images,labels
+
 def tune_subset(
     arm:Arm, # With a `level`
     seg, # The framework after the warm-up
@@ -95,19 +125,19 @@ def tune_subset(
 )->Handle: # Handle that leaves plain layers, the updates inside
     """Freeze the tower's layers but for the most sensitive weights: as many as freezing by small alpha would train
     (`opentrans.spt.select`)."""
-    usual = analyze(seg.backbone, xmin=scale.xmin).select(freeze=scale.freeze, seed=seed)
+    table = analyze(seg.backbone, xmin=scale.xmin)
+    usual = table.select(freeze=scale.freeze, seed=seed)
     size = {layer.name: layer.weight.numel() for layer in layers(seg.backbone)}
-    names,count = usual.train+usual.freeze,sum(size[n] for n in usual.train)
-    samples = [data[i] for i in range(min(n, len(data)))]
-    if len({x['image'].shape for x in samples}) > 1:
-        # real images differ in size
-        samples = [augment(x, scale.size, [seed, i], None, 0.) for i,x in enumerate(samples)]
+    names = usual.train+usual.freeze
+    count = sum(size[n] for n in usual.train)
+    batch = _first_samples(data, n, scale.size, seed)
     def loss(logits, labels): return torch.nn.functional.cross_entropy(logits, labels, ignore_index=data.ignore)
-    s = param_sensitivity(_ImageOnly(seg, data.vocabulary),
-                          [(torch.stack([x['image'] for x in samples]),
-                            torch.stack([x['labels'] for x in samples]))], loss, names=names)
-    learn = [(p, p.requires_grad) for k,p in seg.named_parameters() if not any(k.endswith(m) for m in names)]
-    add_spt(seg, spt_select(s, count, arm.level, layers=selection), full=(), seed=seed)
+    sens = param_sensitivity(_ImageOnly(seg, data.vocabulary), [batch], loss, names=names)
+    def is_named(name): return any(name.endswith(n) for n in names)
+    others = [p for name,p in seg.named_parameters() if not is_named(name)]
+    learn = [(p, p.requires_grad) for p in others]
+    chosen = spt_select(sens, count, arm.level, layers=selection)
+    add_spt(seg, chosen, full=(), seed=seed)
     for p,b in learn: p.requires_grad_(b)
     return Handle(lambda: merge_spt(seg))
 
@@ -117,16 +147,20 @@ TUNERS['sensitivity'] = tune_subset
 def _check_esta(data, file):
     "Raises `FormatError` if a file has no summary of means."
     summary = data.get('summary')
-    if (not isinstance(summary, dict)
-        or not all(isinstance(row, dict) and 'mean' in row for row in summary.values())):
+    def is_row(row): return isinstance(row, dict) and 'mean' in row
+    if not isinstance(summary, dict) or not all(is_row(row) for row in summary.values()):
         raise FormatError(f"'{file}' has no summary. Run the study again.")
 
 def _plot_esta(study, data):
     "Accuracy of what is deployed, and of single anchors."
     other = 'angle', 'rank', 'share' # these are no accuracies
-    rows = {name: row for name,row in data['summary'].items() if not any(word in name for word in other)}
+    rows = {}
+    for name,row in data['summary'].items():
+        is_other = any(word in name for word in other)
+        if not is_other: rows[name] = row
     ax = get_axes(figsize=(7, 4), layout='constrained')
-    _bars(ax, 100*pd.DataFrame(rows, index=['mean', 'std']).T.astype(float), 'accuracy (%)')
+    means = pd.DataFrame(rows, index=['mean', 'std']).T
+    _bars(ax, 100*means.astype(float), 'accuracy (%)')
     return ax
 
 @study('esta', paper='thesis, chapter 3', run=esta_rows, check=_check_esta, plot=_plot_esta)
@@ -147,12 +181,16 @@ def esta_parts(s):
 def _plot_families(study, data):
     "Accuracy of each family: what is deployed, and its anchors tuned one by one."
     columns = {'accuracy': 'deployed', 'small_alone': 'small anchor alone', 'large_alone': 'large anchor alone'}
-    rows = 100*pd.DataFrame(data['results']).groupby('arm', sort=False)[list(columns)].agg(['mean', 'std'])
+    results = pd.DataFrame(data['results'])
+    values = results.groupby('arm', sort=False)[list(columns)]
+    rows = 100*values.agg(['mean', 'std'])
     ax = get_axes(figsize=(7, 3.4), layout='constrained')
     for i,(column,title) in enumerate(columns.items()):
         places = [row + .27*(i-1) for row in range(len(rows))]
-        ax.barh(places, rows[column]['mean'], xerr=rows[column]['std'], height=.25, label=title)
-    ax.set_yticks(range(len(rows)), [for_plot(name) for name in rows.index])
+        found = rows[column]
+        ax.barh(places, found['mean'], xerr=found['std'], height=.25, label=title)
+    names = [for_plot(name) for name in rows.index]
+    ax.set_yticks(range(len(rows)), names)
     ax.invert_yaxis()
     ax.set_title('right answers (%)', fontsize=9)
     ax.legend(fontsize=9)
@@ -169,7 +207,8 @@ def _plot_spt(study, data):
     "Accuracy of each arm, task by task."
     means = _means(data, 'accuracy', 'task', 'arm')
     tasks = list(dict.fromkeys(task for task,_ in means.index))
-    axs = get_axes(ncols=len(tasks), figsize=(4*len(tasks), 3.2), layout='constrained', sharey=True)
+    n = len(tasks)
+    axs = get_axes(ncols=n, figsize=(4*n, 3.2), layout='constrained', sharey=True)
     for ax,task in zip(axs, tasks): _bars(ax, means.loc[task], f'{task}: accuracy (%)')
     return axs
 

@@ -37,9 +37,13 @@ class Slot:
     @property
     def shape(self)->tuple:
         n,*rest = self.param.shape or (1,)
-        return (n if self.rows is None else self.rows[1]-self.rows[0], *rest)
+        if self.rows is None: return n,*rest
+        first,end = self.rows
+        return end-first,*rest
     @property
-    def matrix(self)->tuple: return (self.shape[0], math.prod(self.shape[1:]))             # a kernel as (C_out, C_in k^2); a transposed one as it lies, (C_in, C_out k^2)
+    def matrix(self)->tuple: # a kernel as (C_out, C_in k^2); a transposed one as it lies, (C_in, C_out k^2)
+        outputs,*rest = self.shape
+        return outputs,math.prod(rest)
 
 # %% ../../nbs/vit/60a_updates.ipynb #bbcf9799
 def outputs_of(
@@ -47,13 +51,12 @@ def outputs_of(
 )->list: # [dimension of its outputs, groups]: [0, 1] unless they lie otherwise
     """Where the outputs of a weight are: in a transposed convolution (C_in, C_out/groups, k, k), and in the
     `Conv1D` of transformers (in, out), the second dimension."""
-    if (slot.key == 'weight'
-        and isinstance(slot.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))):
-        return [1, slot.module.groups]
-    if (slot.key == 'weight' and hasattr(slot.module, 'nf')
-        and any(cls.__name__ == 'Conv1D' for cls in type(slot.module).__mro__)):
-        return [1, 1]
-    return [0, 1]
+    if slot.key != 'weight': return [0, 1]
+    module = slot.module
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)): return [1, module.groups]
+    classes = [cls.__name__ for cls in type(module).__mro__]
+    is_conv1d = hasattr(module, 'nf') and 'Conv1D' in classes
+    return [1, 1] if is_conv1d else [0, 1]
 
 # %% ../../nbs/vit/60a_updates.ipynb #34744aaf
 def _module_slots(prefix, module, kinds):
@@ -61,22 +64,30 @@ def _module_slots(prefix, module, kinds):
     for key,p in module._parameters.items():
         if p is None or isinstance(p, UninitializedTensorMixin): continue
         name = f'{prefix}.{key}' if prefix else key
-        packed = (f'{name}[q]' in kinds
-                  or (key.endswith('bias') and f"{name.removesuffix('bias')}weight[q]" in kinds))
-        n = p.shape[0]//3 if packed else 0
+        beside = f"{name.removesuffix('bias')}weight[q]"
+        packed = f'{name}[q]' in kinds or key.endswith('bias') and beside in kinds
         if packed:
+            n = p.shape[0]//3
+            kind = 'attention' if p.dim() > 1 else 'vector'
             for i,part in enumerate('qkv'):
-                yield Slot(f'{name}[{part}]', module, key, 'attention' if p.dim() > 1 else 'vector', (i*n, (i+1)*n))
-        else: yield Slot(name, module, key, kinds.get(name, 'vector' if p.dim() == 1 else 'other'))
+                rows = i*n,(i+1)*n
+                yield Slot(f'{name}[{part}]', module, key, kind, rows)
+        else:
+            usual = 'vector' if p.dim() == 1 else 'other'
+            yield Slot(name, module, key, kinds.get(name, usual))
+
+def _is_third(part, whole):
+    "Is the first shape that of a third of the rows of the second?"
+    n,*rest = whole
+    return tuple(part) == (n//3, *rest)
 
 def _kinds(model):
     """The kind of each layer by name. Of a packed projection the parts, if they are rows; the whole, if they lie
     otherwise."""
     kinds = {}
     for layer in layers(model):
-        in_rows = (layer.rows is None
-                   or tuple(layer.weight.shape) == (layer.param.shape[0]//3, *layer.param.shape[1:]))
-        kinds.update({layer.name: layer.kind} if in_rows else {layer.key: 'linear'})
+        if layer.rows is None or _is_third(layer.weight.shape, layer.param.shape): kinds[layer.name] = layer.kind
+        else: kinds[layer.key] = 'linear'
     return kinds
 
 def slots(
@@ -86,10 +97,12 @@ def slots(
     kinds = _kinds(model)
     res = {}
     tower = find_tower(model)
-    inside = [f'{n}.tuned' if n else 'tuned' for n,m in bare_modules(tower) if isinstance(m, Tunable)]
+    changed = [n for n,m in bare_modules(tower) if isinstance(m, Tunable)]
+    inside = [f'{n}.tuned' if n else 'tuned' for n in changed]
     for name,module in bare_modules(tower):
-        if any(name == t or name.startswith(f'{t}.') for t in inside): continue
-        res.update((s.name, s) for s in _module_slots(name, module, kinds))
+        is_added = any(name == t or name.startswith(f'{t}.') for t in inside)
+        if is_added: continue
+        for slot in _module_slots(name, module, kinds): res[slot.name] = slot
     return res
 
 # %% ../../nbs/vit/60a_updates.ipynb #2902de5f
@@ -104,7 +117,8 @@ class Tunable:
         for part in self.tuned.values():
             if part.key == key and part.merges and not skip(part): w = part.onto(w)
         return w
-    def __reduce_ex__(self, protocol): return _revive,(self.plain, tuple(self.shown)),self.__dict__  # so that a model with parts can be copied and pickled
+    # so that a model with parts can be copied and pickled
+    def __reduce_ex__(self, protocol): return _revive,(self.plain, tuple(self.shown)),self.__dict__
 
 # %% ../../nbs/vit/60a_updates.ipynb #72d1a059
 def _revive(plain, shown):
@@ -115,23 +129,25 @@ def _revive(plain, shown):
 def _slot_around(module):
     "The slot of the weight of a module. Raises `OpenTransError` if another tensor stands there."
     if module._parameters.get('weight') is None: raise _no_parameter('weight', module, 'weight')
-    return slots(module).get('weight') or Slot('weight', module, 'weight', 'linear')
+    found = slots(module).get('weight')
+    return found or Slot('weight', module, 'weight', 'linear')
 
 def _no_parameter(name, module, key):
     "The error for a weight that is computed from others."
     own = [n for n, _ in module.named_parameters() if key in n]
+    others = ', '.join(own[:4]) or 'others'
     return OpenTransError(
         f"'{name}' is no parameter: a parametrisation (weight_norm, spectral_norm, orthogonal, prune) computes it "
-        f"from {', '.join(own[:4]) or 'others'}. Take that off first, e.g. by "
-                 f"torch.nn.utils.parametrize.remove_parametrizations.")
+        f"from {others}. Take that off first, e.g. by "
+        f"torch.nn.utils.parametrize.remove_parametrizations.")
 
 def why_not_tunable(
     param:nn.Parameter, # Of a model
 )->str: # The end of a sentence; '' if something can be added
     "Why nothing can be added to a parameter: it has no shape yet, or holds codes of a quantized model."
     if isinstance(param, UninitializedTensorMixin): return 'has no shape before the first call of the model'
-    if not (param.is_floating_point() or param.is_complex()):
-        return f'holds whole numbers ({param.dtype}), as of a quantized model'
+    is_number = param.is_floating_point() or param.is_complex()
+    if not is_number: return f'holds whole numbers ({param.dtype}), as of a quantized model'
     return f'is of {param.dtype}, in which nothing can be trained' if param.element_size() == 1 else ''
 
 def _check_tunable(slot):
@@ -143,19 +159,21 @@ def _check_rank(r, what='r'):
 
 class Part(nn.Module):
     "What the three kinds have in common: the tensor that they change, and how they stand alone around a module."
-    kind,merges = '',True # its name in reports; does it become part of the weight?
+    kind = '' # its name in reports
+    merges = True # does it become part of the weight?
     def __init__(self,
         base, # A Linear or Conv2d to stand around; or a `Slot`, then a part of the module there
         dropout:float=0., # On what comes in
         drop_path:float=0., # Share of samples for which the update is left out in training
     ):
         super().__init__()
-        if isinstance(base, nn.Module) and not isinstance(base, (nn.Linear, nn.Conv2d)):
+        is_other = isinstance(base, nn.Module) and not isinstance(base, (nn.Linear, nn.Conv2d))
+        if is_other:
             raise OpenTransError(
                 f"{type(self).__name__} stands around a Linear or Conv2d, not a {type(base).__name__}. For others "
                 f"give a name: add_lora, add_adapters, add_sparse.")
-        for what, share in (('dropout', dropout), ('drop_path', drop_path)):
-            check_number(what, share, 0, 1, below=True)
+        check_number('dropout', dropout, 0, 1, below=True)
+        check_number('drop_path', drop_path, 0, 1, below=True)
         slot = base if isinstance(base, Slot) else _slot_around(base)
         _check_tunable(slot)
         self.base = None if isinstance(base, Slot) else base.requires_grad_(False)
@@ -169,28 +187,31 @@ class Part(nn.Module):
     def new(self, slot_or_base, *shape):
         "A parameter of zeros where, and of what type, the tensor is."
         p = slot_or_base.param if isinstance(slot_or_base, Slot) else slot_or_base.weight
-        return nn.Parameter(torch.zeros(shape, dtype=p.dtype, device=p.device))
+        zeros = torch.zeros(shape, dtype=p.dtype, device=p.device)
+        return nn.Parameter(zeros)
     def onto(self, w):
         "The whole parameter `w`, with this change of it."
         if self.rows is None: return self.change(w)
         a,b = self.rows
-        return torch.cat([w[:a], self.change(w[a:b]), w[b:]])
+        changed = self.change(w[a:b])
+        return torch.cat([w[:a], changed, w[b:]])
     def forward(self, x):
         if self.base is None:
             raise OpenTransError(f"This {type(self).__name__} is a part of a model: call the model.")
         return self.around(self.base, x, None)
     def merge(self)->nn.Module: # A plain copy of the module inside
         "The module with the update in its weight. Raises `OpenTransError` where that cannot be."
-        if self.base is None or not self.merges:
-            raise OpenTransError(
-                f"{'A part of a model is merged by merge_peft(model)' if self.base is None else 'An adapter is not linear: it cannot be merged into a weight'}.")
+        if self.base is None: raise OpenTransError("A part of a model is merged by merge_peft(model).")
+        if not self.merges:
+            raise OpenTransError("An adapter is not linear: it cannot be merged into a weight.")
         plain = copy.deepcopy(self.base)
         with torch.no_grad(): plain.weight.copy_(self.onto(plain.weight))
         return plain
     def __len__(self): return sum(p.numel() for p in self.parameters(recurse=False))
     def __bool__(self): return True
     def extra_repr(self):
-        return f"{self.key}{'' if self.rows is None else list(self.rows)}, {len(self):,} parameters"
+        rows = '' if self.rows is None else list(self.rows)
+        return f"{self.key}{rows}, {len(self):,} parameters"
 
 # %% ../../nbs/vit/60a_updates.ipynb #e03ab1b5
 def _call_with(module, x, **tensors):
@@ -207,22 +228,28 @@ def _fit_mask(mask, shape):
 def _adds_beside(module):
     "Is the output of a module linear in its weight, as that of torch's own, so that an update can stand beside it?"
     if isinstance(module, nn.MultiheadAttention): return True
-    if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, 'groups', 1) > 1: return False
+    if not isinstance(module, (nn.Linear, nn.Conv2d)): return False
+    if getattr(module, 'groups', 1) > 1: return False
     plain = getattr(module, 'plain', type(module))
-    return plain.forward in (nn.Linear.forward, nn.Conv2d.forward) or _computes_as_torch(module, plain)
+    is_torch = plain.forward in (nn.Linear.forward, nn.Conv2d.forward)
+    return is_torch or _computes_as_torch(module, plain)
 
 @torch.no_grad()
 def _computes_as_torch(module, plain):
     """Does a class with a forward of its own, such as timm's, compute what its parent in torch does? Found out by
     trying."""
-    weight, parent = module._parameters['weight'], nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    weight = module._parameters['weight']
+    parent = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
     if weight.is_meta: return False
     sides = [3*k for k in weight.shape[2:]]
-    x = torch.linspace(-1, 1, weight.shape[1]*math.prod(sides), dtype=weight.dtype, device=weight.device).view(
-        1, weight.shape[1], *sides)
-    try: ours, theirs = plain.forward(module, x), parent.forward(module, x)
+    shape = 1,weight.shape[1],*sides
+    x = torch.linspace(-1, 1, math.prod(shape), dtype=weight.dtype, device=weight.device).view(shape)
+    try:
+        ours = plain.forward(module, x)
+        theirs = parent.forward(module, x)
     except Exception: return False # it wants something else than an image or a vector
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+    if ours.shape != theirs.shape: return False
+    return torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
 
 class LoRALinear(Part):
     "A low-rank update of a matrix or kernel: $W' = W + B A$ (thesis Eq. 2.5)."
@@ -235,11 +262,15 @@ class LoRALinear(Part):
         mask=None, # Bool tensor of the tensor's shape: weights that may change; $W' = W + m \odot B A$
     ):
         super().__init__(base, dropout, drop_path)
-        (n,m),module = self.matrix,base.module if isinstance(base, Slot) else base
+        n,m = self.matrix
+        module = base.module if isinstance(base, Slot) else base
         _check_rank(r)
-        self.r,self.A,self.B = r,self.new(base, r, m),self.new(base, n, r)
+        self.r = r
+        self.A = self.new(base, r, m)
+        self.B = self.new(base, n, r)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.register_buffer('mask', None if mask is None else _fit_mask(mask, self.shape).to(self.A.device))
+        kept = None if mask is None else _fit_mask(mask, self.shape).to(self.A.device)
+        self.register_buffer('mask', kept)
         self.light = mask is None and _adds_beside(module)
         if (dropout or drop_path) and not self.light:
             raise OpenTransError(
@@ -255,26 +286,38 @@ class LoRALinear(Part):
         "The update of the output: two small maps in place of a large one."
         x = F.dropout(x, self.dropout, self.training)
         if isinstance(module, nn.Conv2d):
-            y = F.conv2d(module._conv_forward(x, self.A.view(self.r, *self.shape[1:]), None),
-                         self.B[:, :, None, None])
+            kernel = self.A.view(self.r, *self.shape[1:])
+            narrow = module._conv_forward(x, kernel, None)
+            y = F.conv2d(narrow, self.B[:, :, None, None])
         else: y = F.linear(F.linear(x, self.A), self.B)
         return stochastic_depth(y, self.drop_path, 'row', self.training)
     def around(self, module, x, y):
-        if not self.light: return _call_with(module, x, weight=self.onto(module.weight))
-        return _rows_add(module(x) if y is None else y, self.path(module, x), self.rows,
-                         1 if isinstance(module, nn.Conv2d) else -1)
+        if not self.light:
+            weight = self.onto(module.weight)
+            return _call_with(module, x, weight=weight)
+        y = module(x) if y is None else y
+        update = self.path(module, x)
+        return _rows_add(y, update, self.rows, _features_at(module))
+
+def _features_at(module):
+    "The dimension in which the outputs of a module lie."
+    return 1 if isinstance(module, nn.Conv2d) else -1
 
 # %% ../../nbs/vit/60a_updates.ipynb #e95c164a
 def _rows_add(y, d, rows, dim):
     "Add an update to the outputs that it is about."
     if rows is None: return y+d
     a,b = rows
-    return torch.cat([y.narrow(dim, 0, a), y.narrow(dim, a, b-a)+d, y.narrow(dim, b, y.shape[dim]-b)], dim)
+    before = y.narrow(dim, 0, a)
+    changed = y.narrow(dim, a, b-a)+d
+    behind = y.narrow(dim, b, y.shape[dim]-b)
+    return torch.cat([before, changed, behind], dim)
 
 # %% ../../nbs/vit/60a_updates.ipynb #bb55c10f
 class SequentialAdapter(Part):
     "A bottleneck behind a matrix: $y' = y + U\\,\\mathrm{gelu}(V y + v) + u$ (thesis Sec. 2.3.2)."
-    kind,merges = 'adapter',False
+    kind = 'adapter'
+    merges = False
     def __init__(self,
         base, # A Linear or Conv2d to stand around; or a `Slot`, then a part of the module there
         r:int=8, # Width of the bottleneck
@@ -284,18 +327,25 @@ class SequentialAdapter(Part):
         super().__init__(base, dropout, drop_path)
         n = self.shape[0]
         _check_rank(r)
-        if not (base.param if isinstance(base, Slot) else base.weight).dtype.is_floating_point:
+        weight = base.param if isinstance(base, Slot) else base.weight
+        if not weight.dtype.is_floating_point:
             raise OpenTransError("An adapter stands behind maps of real numbers. Take add_lora for complex ones.")
-        self.V,self.v,self.U,self.u = self.new(base, r, n),self.new(base, r),self.new(base, n, r),self.new(base, n)
+        self.V = self.new(base, r, n)
+        self.v = self.new(base, r)
+        self.U = self.new(base, n, r)
+        self.u = self.new(base, n)
         nn.init.kaiming_uniform_(self.V, a=math.sqrt(5))
 
     def path(self, y):
         h = F.linear(F.dropout(y, self.dropout, self.training), self.V, self.v)
-        return stochastic_depth(F.linear(F.gelu(h), self.U, self.u), self.drop_path, 'row', self.training)
+        update = F.linear(F.gelu(h), self.U, self.u)
+        return stochastic_depth(update, self.drop_path, 'row', self.training)
     def around(self, module, x, y):
-        y,dim = module(x) if y is None else y,1 if isinstance(module, nn.Conv2d) else -1
+        y = module(x) if y is None else y
+        dim = _features_at(module)
         own = y if self.rows is None else y.narrow(dim, self.rows[0], self.shape[0])
-        return _rows_add(y, self.path(own.movedim(dim, -1)).movedim(-1, dim), self.rows, dim)
+        update = self.path(own.movedim(dim, -1))
+        return _rows_add(y, update.movedim(-1, dim), self.rows, dim)
 
 # %% ../../nbs/vit/60a_updates.ipynb #db5d1679
 class SparseDelta(Part):
@@ -313,22 +363,27 @@ class SparseDelta(Part):
         if not mask.any(): raise OpenTransError("The mask chooses no weight. Leave this tensor out.")
         self.delta = self.new(base, int(mask.sum()))
         # (2, c): row and column
-        self.register_buffer('idx', mask.reshape(self.matrix).nonzero().T.contiguous().to(self.delta.device))
+        places = mask.reshape(self.matrix).nonzero().T.contiguous()
+        self.register_buffer('idx', places.to(self.delta.device))
 
     def change(self, w):
-        flat = self.idx[0]*self.matrix[1] + self.idx[1]
-        return w.reshape(-1).scatter_add(0, flat, self.delta.to(w.dtype)).view(w.shape)
+        rows,columns = self.idx
+        flat = rows*self.matrix[1] + columns
+        changed = w.reshape(-1).scatter_add(0, flat, self.delta.to(w.dtype))
+        return changed.view(w.shape)
     def around(self, module, x, y): return _call_with(module, x, weight=self.onto(module.weight))
 
 # %% ../../nbs/vit/60a_updates.ipynb #e4dcd063
 def _attention_bias(mha, attn_mask, key_padding_mask, q, s):
     "The two masks of an attention as one that is added: (B, heads or 1, L or 1, S), or None."
     def added(m):
-        return (torch.zeros(m.shape, dtype=q.dtype, device=q.device).masked_fill_(m, -math.inf)
-                if m.dtype == torch.bool else m.to(q.dtype))
+        if m.dtype != torch.bool: return m.to(q.dtype)
+        zeros = torch.zeros(m.shape, dtype=q.dtype, device=q.device)
+        return zeros.masked_fill_(m, -math.inf)
     bias = None
     if attn_mask is not None:
-        bias = added(attn_mask).view(-1, *([mha.num_heads] if attn_mask.dim() == 3 else [1]), *attn_mask.shape[-2:])
+        heads = mha.num_heads if attn_mask.dim() == 3 else 1
+        bias = added(attn_mask).view(-1, heads, *attn_mask.shape[-2:])
     if key_padding_mask is not None:
         pad = added(key_padding_mask).view(-1, 1, 1, s)
         bias = pad if bias is None else bias+pad
@@ -338,7 +393,8 @@ def attend(
     mha:nn.MultiheadAttention, # Whose weights, heads and layout are taken
     project, # Function `(i, x) -> y`: query (0), key (1) or value (2) projection of `x`
     out, # Function: the projection at the end
-    query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False,
+    query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+    is_causal=False,
 )->tuple: # (output, weights or None), as `nn.MultiheadAttention` gives
     """What `nn.MultiheadAttention` computes, with the projections one by one. Raises `OpenTransError` for bias_k
     and add_zero_attn."""
@@ -346,17 +402,24 @@ def attend(
         raise OpenTransError(
             "An attention with add_bias_kv or add_zero_attn is not written out here. Use an update that merges, "
             "without dropout.")
-    single,first = query.dim() == 2,mha.batch_first
-    if single: query,key,value = (t[None] if first else t[:, None] for t in (query, key, value))
-    query,key,value = (t if first else t.transpose(0, 1) for t in (query, key, value))
-    q,k,v = (project(i, t).unflatten(-1, (mha.num_heads, -1)).transpose(1, 2)
-             for i,t in enumerate((query, key, value)))
+    single = query.dim() == 2
+    first = mha.batch_first
+    def batched(t):
+        if single: t = t[None] if first else t[:, None]
+        return t if first else t.transpose(0, 1)
+    def heads(i, t):
+        y = project(i, batched(t))
+        return y.unflatten(-1, (mha.num_heads, -1)).transpose(1, 2)
+    q = heads(0, query)
+    k = heads(1, key)
+    v = heads(2, value)
     bias = _attention_bias(mha, attn_mask, key_padding_mask, q, k.shape[2])
     p = mha.dropout if mha.training else 0.
     w = None
     if need_weights:
         w = q*q.shape[-1]**-.5 @ k.mT
-        w = F.dropout((w if bias is None else w+bias).softmax(-1), p)
+        if bias is not None: w = w+bias
+        w = F.dropout(w.softmax(-1), p)
         y = w@v
     else: y = F.scaled_dot_product_attention(q, k, v, bias, p)
     y = out(y.transpose(1, 2).flatten(2))
@@ -364,66 +427,83 @@ def attend(
         w = w.mean(1) if average_attn_weights else w
         w = w[0] if single else w
     y = y if first else y.transpose(0, 1)
-    return (y.squeeze(0 if first else 1) if single else y),w
+    if single: y = y.squeeze(0 if first else 1)
+    return y,w
 
 def projection(
     mha:nn.MultiheadAttention, # Any, also with separate weights
     i:int, # Query (0), key (1) or value (2)
 )->tuple: # (weight, bias or None)
     "The parameters of one projection of an attention, as they are read."
-    e,b = mha.embed_dim,mha.in_proj_bias
-    w = (mha.in_proj_weight[i*e:(i+1)*e] if mha.in_proj_weight is not None
-         else (mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight)[i])
-    return w,None if b is None else b[i*e:(i+1)*e]
+    e = mha.embed_dim
+    rows = slice(i*e, (i+1)*e)
+    b = mha.in_proj_bias
+    packed = mha.in_proj_weight
+    if packed is not None: w = packed[rows]
+    else: w = (mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight)[i]
+    return w,None if b is None else b[rows]
 
 # %% ../../nbs/vit/60a_updates.ipynb #5b098bc6
+def _is_beside(module, part):
+    "Does a module compute without this part now, because its update is added to the output?"
+    return any(part is one for one in module.__dict__.get('beside', ()))
+
 class _TunableMap(Tunable):
     "A Linear or Conv2d with parts: low-rank updates go beside the matrix, which is cheaper than through it."
     def forward(self, x):
-        lost = [p.key for p in self.tuned.values() if p.key not in self._parameters]
+        parts = self.tuned.values()
+        lost = [p.key for p in parts if p.key not in self._parameters]
         if lost: raise _no_parameter(lost[0], self, lost[0])
-        beside = [p
-                  for p in self.tuned.values()
-                  if p.key == 'weight' and (not p.merges or getattr(p, 'light', False))]
+        of_weight = [p for p in parts if p.key == 'weight']
+        beside = [p for p in of_weight if not p.merges or getattr(p, 'light', False)]
         self.__dict__['beside'] = beside
         try: y = super().forward(x)
         finally: del self.__dict__['beside']
         for p in beside: y = p.around(self, x, y)
         return y
-    def effective(self, key):
-        return super().effective(key, lambda p: any(p is b for b in self.__dict__.get('beside', ())))
+    def effective(self, key): return super().effective(key, lambda part: _is_beside(self, part))
 
 class _TunableAttention(Tunable):
     "An `nn.MultiheadAttention` with parts, in itself or in the projection at its end."
     def forward(self, query, key, value, *args, **kwargs):
-        if not any(_must_call(p) for h in (self, self.out_proj) for p in getattr(h, 'tuned', {}).values()):
+        if not _calls_parts(self) and not _calls_parts(self.out_proj):
             return super().forward(query, key, value, *args, **kwargs)
         if self.plain.forward is not nn.MultiheadAttention.forward:
             raise OpenTransError(
                 f"{self.plain.__name__} computes attention in its own way, which is not written out here. Use an "
                 f"update that merges, without dropout.")
         names = ('key_padding_mask', 'need_weights', 'attn_mask', 'average_attn_weights', 'is_causal')
-        return attend(self, self.project, self.out_proj, query, key, value, **dict(zip(names, args)), **kwargs)
+        given = dict(zip(names, args))
+        return attend(self, self.project, self.out_proj, query, key, value, **given, **kwargs)
     def project(self, i, x):
         e = self.embed_dim
-        own = [p
-               for p in self.tuned.values()
-               if (p.rows == (i*e, (i+1)*e) if self.in_proj_weight is not None
-                   else p.key == f'{"qkv"[i]}_proj_weight') and _must_call(p)]
+        rows = i*e,(i+1)*e
+        def changes(part):
+            if self.in_proj_weight is not None: return part.rows == rows
+            return part.key == f'{"qkv"[i]}_proj_weight'
+        own = [p for p in self.tuned.values() if changes(p) and _must_call(p)]
         self.__dict__['beside'] = own
         try: y = F.linear(x, *projection(self, i))
         finally: del self.__dict__['beside']
-        for p in own: y = y + (p.path(y) if not p.merges else p.path(self, x))
+        for p in own:
+            update = p.path(self, x) if p.merges else p.path(y)
+            y = y + update
         return y
-    def effective(self, key):
-        return super().effective(key, lambda p: any(p is b for b in self.__dict__.get('beside', ())))
+    def effective(self, key): return super().effective(key, lambda part: _is_beside(self, part))
 
 def _must_call(part): return not part.merges or part.dropout > 0 or part.drop_path > 0
+
+def _calls_parts(module):
+    "Has a module parts that only a call of it takes into account?"
+    tuned = getattr(module, 'tuned', {})
+    return any(_must_call(part) for part in tuned.values())
 
 @functools.lru_cache(maxsize=None)
 def _tunable_class(plain, shown):
     "The class of a module with parts: parameters in `shown` are read with their updates."
-    kind = (_TunableAttention if issubclass(plain, nn.MultiheadAttention) else _TunableMap
-            if issubclass(plain, (nn.Linear, nn.Conv2d)) else Tunable)
-    read = {k: property(lambda self, k=k: self.effective(k)) for k in shown}
-    return type(plain.__name__, (kind, plain), dict(read, plain=plain, shown=shown, __module__=plain.__module__))
+    if issubclass(plain, nn.MultiheadAttention): kind = _TunableAttention
+    elif issubclass(plain, (nn.Linear, nn.Conv2d)): kind = _TunableMap
+    else: kind = Tunable
+    own = {key: property(lambda self, key=key: self.effective(key)) for key in shown}
+    own.update(plain=plain, shown=shown, __module__=plain.__module__)
+    return type(plain.__name__, (kind, plain), own)
