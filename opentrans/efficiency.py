@@ -53,6 +53,7 @@ def _asked(entry, whole):
     "Of a cost the figure that an entry is about."
     return whole.macs if entry['metric'] == 'flops' else whole.params
 
+# %% ../nbs/experiments/57_efficiency.ipynb #073c7fd3
 class FullSize:
     """RN50 and the heads of the three frameworks at full size with random weights, each counted once for every
     input and convention."""
@@ -137,6 +138,7 @@ def _clip_flops(full, e, name):
         return rows.macs[rows.kind == 'conv'].sum()
     return trunk.macs
 
+# %% ../nbs/experiments/57_efficiency.ipynb #c44d2ed0
 def _han_value(full, e):
     what = _of(e)
     flops = e['metric'] == 'flops'
@@ -232,6 +234,7 @@ def _training_value(full, e):
         totals.append(run(selection=freeze(list(drawn))))
     return float(np.mean(totals))
 
+# %% ../nbs/experiments/57_efficiency.ipynb #8b0505d5
 def _large_layers(rows, small):
     "The layers of large alpha. That at the median rests in neither half; its alpha is not printed, its cost follows."
     large = [n for n in rows.index if n not in small]
@@ -267,6 +270,7 @@ class _Closed(torch.nn.Module):
 _CLOSED = {'mask2former_r50_ade': dict(faseg=False), 'mask2former_r50_ade+dfpq': dict(hrca=False),
            'mask2former_r50_ade+hrca': dict(dfpq=False), 'faseg_r50_ade': {}}
 
+# %% ../nbs/experiments/57_efficiency.ipynb #f68567fb
 def _faseg_value(full, e):
     options = _CLOSED[e['name']]
     with torch.device('meta'): net = _Closed(**options)
@@ -312,6 +316,7 @@ _QV = _each('attn.qkv.weight[q]', 'attn.qkv.weight[v]')
 _ADDED = dict(adapter8=(add_adapters, _each('mlp.fc2.weight'), 8), lora16_qv=(add_lora, _QV, 16),
               lora8_qv=(add_lora, _QV, 8), lora8_one_proj=(add_lora, _each('attn.proj.weight'), 8))
 
+# %% ../nbs/experiments/57_efficiency.ipynb #f8ac98a5
 def _spt_value(full, e):
     what = _of(e)
     vit = _vit()

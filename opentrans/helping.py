@@ -105,6 +105,7 @@ def _parsed(file):
         todo += [*getattr(node, 'body', ()), *getattr(node, 'orelse', ())]
     return text.split('\n'),functions,classes
 
+# %% ../nbs/00_helping.ipynb #2c2444b8
 def _of_function(function):
     "Parameters and result of a function; those that it passes on to another one, too."
     code = inspect.unwrap(function).__code__ # a context manager is a wrapped function

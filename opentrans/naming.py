@@ -70,6 +70,7 @@ def _first_match(keys, target):
     fits = candidate_matches(keys, target)
     return fits[0] if fits else {}
 
+# %% ../nbs/05_naming.ipynb #9916b5a3
 def unmatched_error(
     keys:dict, # Name -> shape of what was to be placed
     target:dict, # Name -> shape of where it should have gone
@@ -193,6 +194,7 @@ def weight_slots(shapes:Mapping[str, Sequence[int]], rename:Callable[[str], str]
             put(f'{name}[{part}]', (parameter, rows, (width, width)))
     return {name: slot for name,slot in slots.items() if name not in twice} # what two parameters claim is nobody's
 
+# %% ../nbs/05_naming.ipynb #36fd0cd4
 def _share_a_prefix(names):
     "Have all names the same part before their first dot, and all of them a dot?"
     stems = [name.split('[')[0] for name in names]
@@ -272,6 +274,7 @@ def _best_slots(keys, shapes):
         if most == len(keys): break
     return best
 
+# %% ../nbs/05_naming.ipynb #19c9b04c
 def _slots_of(fit, keys_by_name, slots):
     "Key -> (parameter, rows) of names that were matched."
     found = {}

@@ -356,6 +356,7 @@ def _lines_to(point, centres, size):
     shares = np.linspace(.1, 1, 20)[:,None]
     return point+(ends-point)[:,None]*shares
 
+# %% ../nbs/00_runtime.ipynb #dd760991
 def _arrange(ax, texts, lines, places, renderer):
     "Move each text to where it finds room, and hide those that find none."
     unit = ax.figure.dpi/72

@@ -82,6 +82,7 @@ class Tower:
         raise OpenTransError(
             f"A finer output_stride is made for ResNet towers, not for {type(net).__name__}. Use output_stride=32.")
 
+# %% ../nbs/06_towers.ipynb #ab658e87
 TOWERS: dict[str, type[Tower]] = {} # name of a family -> its class
 _Family = TypeVar('_Family', bound=type[Tower])
 
@@ -129,6 +130,7 @@ def _signed(keys, first, *others):
         if all(prefix+other in keys for other in others): prefixes.add(prefix)
     return prefixes
 
+# %% ../nbs/06_towers.ipynb #875d7bd0
 def tower_prefix(
     keys:Iterable[str], # Names of the tensors of a checkpoint
 )->str: # What stands before the names of its image tower
@@ -177,6 +179,7 @@ def _classifiers(module):
     children = [module._modules.get(name) for name in names]
     return [child for child in children if child is not None]
 
+# %% ../nbs/06_towers.ipynb #284e646e
 def head_of(
     model:nn.Module, # Any model; names are read in its tower
 )->tuple: # Names of modules, wherever they stand, and patterns of whole names
@@ -487,6 +490,7 @@ def _resized(patches, size, stride):
     size = [math.ceil(n/stride) for n in size]
     return F.interpolate(patches, size=size, mode='bilinear', align_corners=False)
 
+# %% ../nbs/06_towers.ipynb #cf423556
 @register_tower('ViT')
 class ViTTower(Tower):
     "CLIP's ViT: open_clip's `VisionTransformer`, with a class token and plain blocks."

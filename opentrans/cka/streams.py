@@ -234,6 +234,7 @@ def _idle(watch, names, given):
     if given is not None: return []
     return [name for name in names if watch.reasons.get(name) == _IDLE]
 
+# %% ../../nbs/03c_streams.ipynb #99fd7152
 def cka(
     model_a:nn.Module, # Rows of the result are its layers
     model_b:nn.Module, # Columns are its layers; may be `model_a` itself
@@ -324,6 +325,7 @@ def _write_names(frame, ax):
     ax.set_xlabel('layers of the second model')
     ax.set_ylabel('layers of the first')
 
+# %% ../../nbs/03c_streams.ipynb #ef44df57
 def plot_cka(
     frame:pd.DataFrame, # What `cka` returned
     ax:'Axes|None'=None, # Axes to draw on; new ones if None

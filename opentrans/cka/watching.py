@@ -226,6 +226,7 @@ def _unit(x, size):
     exponent = np.floor(np.log2(largest))
     return float(2.**exponent)
 
+# %% ../../nbs/03b_watching.ipynb #84055573
 class _Watch:
     "Hooks on layers of one model; after a forward pass `take` gives the centred Gram matrices of the batch."
     def __init__(self, model, modules, gram_of, unbiased, maps, axis):

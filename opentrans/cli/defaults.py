@@ -153,6 +153,7 @@ def _course(name, framework, shipped, warmup, freeze, changes=None, iterations=N
                              "iterations, and leaves none. Give more --iterations, or a shorter warm-up.")
     return preset,whole,whole.first(first),whole.after(first)
 
+# %% ../../nbs/app/70c_defaults.ipynb #d771996d
 def _tell_course(preset, framework, whole, warm, rest, freeze, masked, where):
     "Say in one line what a run is going to do."
     size = f'{whole.crop}x{whole.crop}' if whole.crop else 'their own size'
@@ -191,6 +192,7 @@ def _mean_of(looks):
     classes = 'the truth' if looks['over'] == 'truth' else 'truth or prediction'
     return f'mean over the classes in {classes}; {size}{most}'
 
+# %% ../../nbs/app/70c_defaults.ipynb #e73ef5c8
 def _counts(c):
     "The four figures of a `Cost`, whole numbers."
     active_params, active_macs = round(c.active_params), round(c.active_macs)

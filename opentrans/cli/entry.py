@@ -53,6 +53,7 @@ def _asked(words):
     one.registered_groups = []
     return one
 
+# %% ../../nbs/app/70j_entry.ipynb #3af83229
 def _run():
     "The command that was typed; gives its exit code."
     try:

@@ -30,6 +30,7 @@ def _several_looks(scales, flip, window):
 # the columns of Table 1
 TABLE1 = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459')
 
+# %% ../../nbs/app/70g_evaluation.ipynb #d683a500
 @app.command()
 def evaluate(
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None,
@@ -140,6 +141,7 @@ def _same_names(same):
         lists.append(names)
     return lists or None
 
+# %% ../../nbs/app/70g_evaluation.ipynb #1b26e22b
 def _run_tests(seg, tests, looks, how):
     "The result on each data set, by name; of several, each is told when it is there."
     from opentrans.training import evaluate as run
@@ -191,6 +193,7 @@ def _shares(labels, names):
     ranked = sorted(share.items(), key=lambda pair: -pair[1])
     return dict(ranked)
 
+# %% ../../nbs/app/70g_evaluation.ipynb #d0725905
 @app.command()
 def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],

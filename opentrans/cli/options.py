@@ -44,6 +44,7 @@ _PANELS = {
     'Data and studies': ('data', 'study', 'models'),
     'Vision transformers': ('spt', 'stitch', 'spvit')}
 
+# %% ../../nbs/app/70_cli.ipynb #858d6b32
 def _panel(name):
     "Under which heading `--help` lists a command."
     for panel,names in _PANELS.items():
@@ -159,6 +160,7 @@ def _settings_of(command):
             found[name] = param
     return found
 
+# %% ../../nbs/app/70_cli.ipynb #9d3bc8fb
 def _configured(ctx:typer.Context, value:Optional[str]):
     "Take the settings of a file as defaults. Raises `OpenTransError` for one that the command does not have."
     _NOW['context'] = ctx

@@ -169,6 +169,7 @@ def study(
         if dry_run: _show_plan(ex.plan_study(one, *how))
         else: _run_study(one, flags, out, *how)
 
+# %% ../../nbs/app/70h_studies.ipynb #a90665ee
 def _run_study(name, flags, out, seeds, seed, scale, scheduler, pretrained, framework, arms):
     "Run a study, write it and show it; `flags` are those that its file says it was made by."
     import pandas as pd

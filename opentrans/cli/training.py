@@ -126,6 +126,7 @@ def _size_of_run(seg, train, recipe, mask):
     with eval_mode(seg): found = cost(seg, (3, *sides), mask=mask)
     return dict(_counts(found), sides=list(sides))
 
+# %% ../../nbs/app/70f_training.ipynb #3851ffa5
 def _told_plan(plan, counted):
     "What a run needs, as a table: how large it is first."
     import pandas as pd
@@ -163,6 +164,7 @@ def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
     finetune(seg, train, rest, selection=selection, checkpoint_dir=folder('finetune'), **how)
     return selection
 
+# %% ../../nbs/app/70f_training.ipynb #fc9be093
 def _transfer_file(m, model, out, as_json):
     "Put a mask on a checkpoint on disk."
     from opentrans.pruning import transfer_checkpoint

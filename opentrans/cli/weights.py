@@ -38,6 +38,7 @@ def _anything(name, pretrained, allow_hub):
 # what `alpha` shows of each layer
 _COLUMNS = ('frozen', 'alpha', 'alpha_null', 'z', 'spikes', 'status', 'n_tail', 'n_evals', 'xmin', 'D', 'shape')
 
+# %% ../../nbs/app/70d_weights.ipynb #85f9653a
 @app.command()
 def alpha(
     backbone:Annotated[str, typer.Argument(
@@ -117,6 +118,7 @@ def _check_layer_flags(method, densities):
         raise OpenTransError(f"--method {method} does not look at {given}, as "
                              f"{', '.join(_LAYER_BY_LAYER)} do. Leave it out.")
 
+# %% ../../nbs/app/70d_weights.ipynb #d4150cdc
 def _distillation(clip, data, released, told):
     """The model that `prune` trains, and its trainer: the tower by distillation alone, or a framework as in the
     released code."""

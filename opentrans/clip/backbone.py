@@ -46,6 +46,7 @@ def _cut_behind(model, tokens):
     short._buffers = dict(model._buffers, attn_mask=mask)
     return short,tokens[:, :length]
 
+# %% ../../nbs/clip/20_clip.ipynb #715f2098
 class TextEncoder:
     "CLIP's text side: frozen, shared by all copies, with a memory of prompts."
     def __init__(self,
@@ -256,6 +257,7 @@ def _check_prepared(images):
         what = f'{tuple(images.shape)} {images.dtype}'
         raise OpenTransError(f"Images must be a float tensor (B, 3, H, W) with values in [0,1], not {what}.")
 
+# %% ../../nbs/clip/20_clip.ipynb #97e00bc0
 class _ClipTower(_ClipAbout):
     "The image tower of a CLIP: images go in, the maps of its four stages come out."
     def __init__(self,
@@ -423,6 +425,7 @@ def _square(image, mask, margin):
     below = side-height-above
     return F.pad(cut, (before, behind, above, below))
 
+# %% ../../nbs/clip/20_clip.ipynb #6bfbf4b4
 def _tight(image, mask):
     "The box of a region without its last row and column, the rest of the image painted grey."
     top,left,height,width = _box(mask)

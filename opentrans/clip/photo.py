@@ -55,6 +55,7 @@ class _Photo(TypedDict):
     fitted_on: str
     classes: list[str] # The names whose pictures the tower was trained on, each with its synonyms
 
+# %% ../../nbs/clip/22_photo.ipynb #2c135ae4
 PHOTO_FILE = FileKind('opentrans-photo', 'join of two towers', 'benchmarks/photo_join.py')
 
 def photo_clips()->list:
@@ -212,6 +213,7 @@ def known_names(
     told = photo_settings(name)
     return KnownNames(told['classes'], read_join(name)['names'].T, told['least'])
 
+# %% ../../nbs/clip/22_photo.ipynb #4c69d45b
 def _in_order(weights, model, part):
     "A classifier's tensors under the names of a model that has them in the same order."
     own = {key: value for key,value in model.state_dict().items() if not _is_counter(key)}

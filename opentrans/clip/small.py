@@ -120,6 +120,7 @@ class _Text(TypedDict):
     layers: NotRequired[_Size]
     mlp_ratio: NotRequired[_Ratio]
 
+# %% ../../nbs/clip/21_small_clip.ipynb #c26258ee
 class _Config(TypedDict):
     "The entries of a small CLIP's configuration."
     __pydantic_config__ = dict(extra='forbid')

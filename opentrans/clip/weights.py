@@ -73,6 +73,7 @@ def _named_here(weights, model):
         named = open_clip.model.convert_to_custom_text_state_dict(named)
     return named
 
+# %% ../../nbs/clip/24_weights.ipynb #803f442b
 def load_weights(
     model:nn.Module, # An open_clip model
     weights:dict, # Name -> tensor, in open_clip's or OpenAI's names
@@ -135,6 +136,7 @@ def _triple(name, values):
     raise OpenTransError(
         f"{name}={shorten(values)} of a CLIP's images: give {wanted}, one for each of red, green and blue.")
 
+# %% ../../nbs/clip/24_weights.ipynb #48bebf29
 def clip_facts(
     model:nn.Module, # An open_clip model, or a `ClipBackbone`
     # Those that are known of `quick_gelu`, `mean`, `std`, `interpolation`, `resize_mode`, `image_size` and
@@ -176,6 +178,7 @@ def save_weights(
     if half: weights = {name: v.half() if v.is_floating_point() else v for name,v in weights.items()}
     save_tensors(dict(weights), path, dict(metadata, clip=facts), CLIP_FILE)
 
+# %% ../../nbs/clip/24_weights.ipynb #f753e15b
 def _whole(clip):
     "The open_clip model of a backbone: its text side with its image tower."
     model = copy.copy(clip.text.model)
@@ -222,6 +225,7 @@ def _cached(cfg, cache_dir):
     "Was this checkpoint downloaded before?"
     return bool(cfg.get('hf_hub')) and _local_copy(cfg, cache_dir) is not None
 
+# %% ../../nbs/clip/24_weights.ipynb #f4f1d006
 def _reach(cfg):
     "Fail at once, rather than after many retries, where there is no network."
     url = huggingface_hub.constants.ENDPOINT if cfg.get('hf_hub') else cfg['url']
@@ -287,6 +291,7 @@ def _hub_config(name, hub, cache_dir=None):
     cfg = _check_hub(parts, f"The configuration of '{name}'")
     return dict(cfg, preprocess_cfg=told.get('preprocess_cfg') or {})
 
+# %% ../../nbs/clip/24_weights.ipynb #c539352f
 def _check_hub(cfg, where):
     "A repository's configuration, without anything that would fetch or run more. Raises `FormatError`."
     check_shape(cfg, _Parts, where)
@@ -368,6 +373,7 @@ def _text_from_hub(
                 "Allow to fetch it: by --allow-hub, in Python by hub=True.")
     return contextlib.nullcontext() if allowed else _offline()
 
+# %% ../../nbs/clip/24_weights.ipynb #f8543154
 def _tokenizer(text, cache_dir=None):
     "The tokenizer that a `text_cfg` names. No code that lies beside it is run."
     length = text.get('context_length', 77)
@@ -416,6 +422,7 @@ def _activation(name, cfg, facts, weights, usual):
             f"with which activation they were trained (GELU is taken, as '{name}' says; OpenAI's need "
             f"quick_gelu=True{hint})")
 
+# %% ../../nbs/clip/24_weights.ipynb #87f90cfa
 def _normalisation(facts, weights, usual):
     "Mean and deviation of images. And a sentence's part, if they are not known."
     mean = facts.get('mean') or usual['mean']
@@ -476,6 +483,7 @@ def _noted_in(told):
     "What is told of how images are normalised and resized."
     return {fact: told[fact] for fact in _NOTED if told.get(fact)}
 
+# %% ../../nbs/clip/24_weights.ipynb #fc9dfa97
 def _build(name, cfg, facts, small, seed, allowed, cache_dir=None):
     """A CLIP with initial weights and its tokenizer, of the activation and the sizes that are known. Raises
     `OpenTransError`."""
@@ -501,6 +509,7 @@ def _holds_tower(path):
         return name.startswith(('visual.', 'text.'))
     return not any(is_of_clip(name) for name in names)
 
+# %% ../../nbs/clip/24_weights.ipynb #8b8a9238
 def weights_apart(
     name:str, # Of the CLIP
     pretrained:str|Path|None, # As `open_model` takes it
@@ -523,6 +532,7 @@ def weights_apart(
             f"comma.")
     return None if whole == 'none' else whole,tower
 
+# %% ../../nbs/clip/24_weights.ipynb #03e1cc09
 def open_model(
     name:str, # `'shapes-rn'`, `'photo-lite0'`, or open_clip's name, such as `'RN50'`
     # A tag of open_clip, a path, the own name of a CLIP that ships, a tag or path with a tower's file behind a
@@ -561,6 +571,7 @@ def _given(**facts):
     "The facts that are not None."
     return {fact: value for fact,value in facts.items() if value is not None}
 
+# %% ../../nbs/clip/24_weights.ipynb #3e888b5d
 def _open_photo(name, pretrained, seed, mean, std):
     "A CLIP for photographs, as `open_model` gives it."
     pretrained, tower = weights_apart(name, pretrained)

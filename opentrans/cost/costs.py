@@ -83,6 +83,7 @@ def _third(kept, i):
     last = (i+1)*len(kept)//3
     return kept[first:last]
 
+# %% ../../nbs/04_cost.ipynb #abc12f4e
 def _split_packed(given, rows):
     "Take apart what is given for a packed projection as a whole."
     packed = [name for name in given if any(row.endswith(f'{name}[q]') for row in rows)]
@@ -257,6 +258,7 @@ def _no_log():
     try: yield
     finally: log.disabled = before
 
+# %% ../../nbs/04_cost.ipynb #4bd6a7fb
 @contextlib.contextmanager
 def _as_written(autocast=False):
     """The model's own code: not in the caller's inference mode, nothing compiled, and in no autocast of the
@@ -406,6 +408,7 @@ def _markdown_line(cells):
     "A row of a markdown table."
     return f"| {' | '.join(cells)} |"
 
+# %% ../../nbs/04_cost.ipynb #54694d9f
 class _CostText(_CostSums):
     "Costs as tables and as text."
     def by_kind(self)->pd.DataFrame:
@@ -470,6 +473,7 @@ def _label_rows(rows, ax):
     step = len(names)//40
     if len(names) > 80: ax.set_xticks(x[::step], names[::step])
 
+# %% ../../nbs/04_cost.ipynb #ab3248bd
 class Cost(_CostText):
     "What a model costs, row by row. One multiply-accumulate is one FLOP."
     def plot(self,
@@ -517,6 +521,7 @@ def _images_of(counted):
     "How many pictures the pass had that a cost is of."
     return counted.input_size[0] if counted.input_size else 1
 
+# %% ../../nbs/04_cost.ipynb #aa8f8937
 def training_table(
     cost:Cost, # Of one forward pass of one image
     # A `SparseMask`, dict of densities, or one density for the whole tower; None: the mask that `cost` was made

@@ -73,6 +73,7 @@ def _kind_of_others(m):
     if isinstance(m, NORMS): return 'norm'
     return 'embedding' if isinstance(m, nn.Embedding) else 'parameter'
 
+# %% ../../nbs/04c_counting.ipynb #618abb35
 def _share_bias(p, rows):
     "Add a packed bias to the rows of parallel q, k and v: each has its third."
     for i,row in enumerate(rows):
@@ -469,6 +470,7 @@ def _leave(counter, table, path, m):
         for row in computed: counter.trace.own(row, out)
     return hook
 
+# %% ../../nbs/04c_counting.ipynb #5459f620
 @contextlib.contextmanager
 def _hooked(model, counter, table):
     """Hooks that keep the path of modules and, with a table, price them; in eval mode without gradients and fast

@@ -89,6 +89,7 @@ def _can_be_asked(func):
     if not isinstance(func, torch._ops.OpOverload) or func.namespace not in ('aten', 'prims'): return False
     return torch.Tag.nondeterministic_seeded not in func.tags
 
+# %% ../../nbs/04e_dry_pass.ipynb #1f82b05a
 class _Beside(TorchDispatchMode):
     """Remembers each fake tensor, and beside a small one that depends on neither input nor parameters keeps its
     values."""

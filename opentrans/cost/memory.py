@@ -83,6 +83,7 @@ def _called(model, twins, inputs):
     if twins: return torch.func.functional_call(model, twins, inputs)
     return model(*inputs)
 
+# %% ../../nbs/04d_memory.ipynb #bfbf4219
 def _step(model, inputs, loss, fake):
     """One step forward and backward, followed: bytes of gradients, of what is kept for the backward pass, and at
     the worst moment."""

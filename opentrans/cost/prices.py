@@ -124,6 +124,7 @@ _set_price(_price_by_width, (0,), 'matmul', 'affine_grid_generator')
 _set_price(_price_by_width, (0, 1), 'distance', '_cdist_forward _euclidean_dist')
 _set_price(_price_by_width, (0,), 'distance', '_pdist_forward')
 
+# %% ../../nbs/04b_prices.ipynb #1cf52605
 def _price_of_groups(a, b, *rest, out): return _grouped(a, b)
 _set_price(_price_of_groups, (0, 1), 'matmul', """
     _grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2 transformers::grouped_mm_fallback""")
@@ -241,6 +242,7 @@ def _thop_conv(m, x, y):
     inputs = x.shape[1]//m.groups
     return y.numel()*inputs*math.prod(m.weight.shape[2:])
 
+# %% ../../nbs/04b_prices.ipynb #a883bac1
 def _thop_norm(m, x, y):
     is_affine = getattr(m, 'affine', False) or getattr(m, 'elementwise_affine', False)
     return (4 if is_affine else 2)*x.numel()
@@ -305,6 +307,7 @@ def _pt_cell(m, layer=''):
     of_unit = {1: 1, 3: 7, 4: 10}[_GATES[type(m)]]
     return sum(p.numel() for p in own) + of_unit*m.hidden_size
 
+# %% ../../nbs/04b_prices.ipynb #fd9a52bb
 def _pt_recurrent(m, x, y):
     ways = 2 if m.bidirectional else 1
     cells = sum(_pt_cell(m, f'_l{i}') for i in range(m.num_layers))

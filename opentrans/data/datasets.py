@@ -177,6 +177,7 @@ def _void(ignore, classes):
             f"or '0,255'.")
     return [int(i) for i in given]
 
+# %% ../../nbs/data/15_datasets.ipynb #cbc0955d
 def _folder_layouts(root, split):
     """Where images and labels of a split may lie, the most special first. Raises `OpenTransError` if there are
     other splits only."""
@@ -253,6 +254,7 @@ def _once(values, what, path):
     twice = [v for v,count in Counter(values).items() if count > 1]
     if twice: raise FormatError(f"'{path}' lists {what} {shorten(twice[0], 60)} more than once.")
 
+# %% ../../nbs/data/15_datasets.ipynb #7a705f80
 def read_panoptic_json(
     path:str|Path, # A JSON file
     *needed:str, # Fields that it must have besides `annotations`, such as `'images'`
@@ -300,6 +302,7 @@ def _categories(d):
     things = [i for i,c in enumerate(categories) if c.get('isthing', 1)]
     return vocabulary, classes, things
 
+# %% ../../nbs/data/15_datasets.ipynb #e02f6bad
 def _ids(annotations):
     "A name for each image: that of its map without the suffix, and its folder where that would not tell two apart."
     paths = [PurePosixPath(a['file_name']).with_suffix('') for a in annotations]
@@ -372,6 +375,7 @@ def _box(m):
     left,top = int(x.min()),int(y.min())
     return [left, top, int(x.max())-left+1, int(y.max())-top+1]
 
+# %% ../../nbs/data/15_datasets.ipynb #618dbb7e
 def _write_maps(data, root, split, ids):
     "Write the picture and the panoptic map of each sample; what the JSON file shall say of them."
     images = []
@@ -395,6 +399,7 @@ def _write_maps(data, root, split, ids):
         annotations.append(dict(image_id=i, file_name=name, segments_info=info))
     return images,annotations
 
+# %% ../../nbs/data/15_datasets.ipynb #d30de79e
 def write_coco_panoptic(
     data:Dataset, # A data set of samples
     root:str|Path, # `ROOT/coco` is made, in detectron2's layout
@@ -460,6 +465,7 @@ def _ade_layouts(split):
     whole = _with_optional_top('ADEChallengeData2016', prepared, released)
     return whole + _with_optional_top('sampleData', ('images', 'annotations'))
 
+# %% ../../nbs/data/15_datasets.ipynb #1c4f521c
 _ade_labels = _benchmark('ade20k_150',
                          "Get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it into "
                          "ROOT.", _ade_layouts, [dict(void=[255])]*2 + [dict(offset=1, void=[0])]*4)
@@ -548,6 +554,7 @@ class ReleasedInstances(LabelMaps):
         all_regions = np.append(isregion & ~is_thing, np.ones(len(ids), bool))
         return segments, all_classes, all_regions
 
+# %% ../../nbs/data/15_datasets.ipynb #3c247341
 def _panoptic_json(name, v, paths, picture, categories, things, **kwargs):
     "A data set from a panoptic JSON file, its folder of maps, and `picture`: annotation -> path of the image."
     listing,folder = paths[:2]
@@ -617,6 +624,7 @@ def _cityscapes(root, split='val', panoptic=False, **kwargs):
     return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=known['things'],
                      problems=problems, published=True, **kwargs)
 
+# %% ../../nbs/data/15_datasets.ipynb #796201f8
 def _city_panoptic(root, split, known, released, **kwargs):
     vocabulary = VOCABULARIES['cityscapes_19']
     things = known['things']

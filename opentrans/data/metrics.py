@@ -291,6 +291,7 @@ def _sums_of(index, values, like):
     sums = torch.zeros(len(like), dtype=torch.float64)
     return sums.index_add_(0, index, values)
 
+# %% ../../nbs/data/16_metrics.ipynb #ea278305
 def match_segments(
     pred:torch.Tensor, # (H,W,2) class and instance of each pixel, as `panoptic_map` makes it
     target:torch.Tensor, # The truth in the same form
@@ -483,6 +484,7 @@ class MaskNames(Sums):
         precision = _share(count, count + self.stray.sum().item())
         return dict(found=found, precision=precision, named=_share(named, count), confused=table)
 
+# %% ../../nbs/data/16_metrics.ipynb #9dcc01c9
 def _by_count(row): return -row[2],row
 def _share(part, whole): return part/whole if whole else float('nan')
 
@@ -508,6 +510,7 @@ def _areas(boxes):
     sides = boxes[:, 2:]-boxes[:, :2]
     return np.clip(sides, 0, None).prod(-1)
 
+# %% ../../nbs/data/16_metrics.ipynb #1a715bfd
 def match_boxes(
     overlaps:np.ndarray, # (N,M), the surest detection first, crowds last
     crowd:np.ndarray, # (M) bool
@@ -546,6 +549,7 @@ def precision_at_recalls(
     at = np.searchsorted(recall, _RECALLS, side='left')
     return np.array([precision[i] if i < len(precision) else 0. for i in at])
 
+# %% ../../nbs/data/16_metrics.ipynb #c53ef9b9
 class DetectionAP:
     "Average precision of boxes, by class, threshold and group, as `pycocotools` counts it."
     def __init__(self,
@@ -625,6 +629,7 @@ class DetectionAP:
         return dict(ap=_mean(table), ap50=at(.5), ap75=at(.75), by_class=by_class, groups=means,
                     objects=self.objects.tolist())
 
+# %% ../../nbs/data/16_metrics.ipynb #8221eaaf
 def _mean(values):
     "The mean of what is a number; NaN if nothing is."
     numbers = values[~np.isnan(values)]

@@ -51,6 +51,7 @@ def _from_tar(source):
             "Unpack it, and give the folder.") from None
     return found
 
+# %% ../../nbs/data/13_mosaic.ipynb #eb961a4c
 def _cut_mask(rng, how, height, width):
     "What of a rectangle is kept, (H,W) bool."
     if how == 'box': return np.ones((height, width), bool)
@@ -79,6 +80,7 @@ def _read_names(path):
         if line.strip() and len(cells) == 2: names[cells[0]] = cells[1]
     return names
 
+# %% ../../nbs/data/13_mosaic.ipynb #83c1a6c9
 class PhotoMosaic(Dataset):
     """Scenes composed of labelled photographs: each thing is cut out of one, by a box or a shape, and laid over
     those before it."""

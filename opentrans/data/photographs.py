@@ -78,6 +78,7 @@ class ColourMaps(LabelMaps):
         numbers = np.where(is_known, self._numbers[at], unknown_colour)
         return numbers.astype(np.uint16)
 
+# %% ../../nbs/data/17_photographs.ipynb #fb5e59df
 def _chosen(names, split):
     "The names of MSRC that are asked for, and their groups."
     if names not in ('all', 'base'): raise unknown('choice of names', names, ['all', 'base'])
@@ -103,6 +104,7 @@ def _plain_msrc_lut(kept, left_out):
     void = [order.index(name) for name in left_out]
     return label_lut(len(kept), ids=ids, void=[255, *void])
 
+# %% ../../nbs/data/17_photographs.ipynb #071ba664
 @register_dataset('msrc',
                   "Get MSRC_ObjCategImageDatabase_v2.zip from "
                   "https://www.microsoft.com/en-us/research/project/image-understanding and unpack it into ROOT.")

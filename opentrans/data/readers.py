@@ -49,6 +49,7 @@ def _file_of(source, shown, hint):
     except OSError: mode = 0 # `regular_file` says what is wrong
     return source if stat.S_ISREG(mode) else regular_file(source, 'image file')
 
+# %% ../../nbs/data/14_readers.ipynb #12df8545
 def _why(error, file):
     "In words, why Pillow could not read a file."
     size = None
@@ -130,6 +131,7 @@ def _reduce(im, least):
     if stored != seen: height, width = width, height
     im.draft(im.mode, (width, height))
 
+# %% ../../nbs/data/14_readers.ipynb #7ec07cdc
 def _pixels(im, shown, background):
     "The colours of a picture, (H,W,3) bytes."
     white = _white(im, shown)
@@ -165,6 +167,7 @@ def _array_of(tensor):
     if pixels.is_floating_point(): pixels = pixels.float()
     return pixels.numpy()
 
+# %% ../../nbs/data/14_readers.ipynb #ca4ca73c
 def _image_of(values, what):
     "A PIL image of an array (H,W) or (H,W,C), or of a tensor (3,H,W)."
     if isinstance(values, torch.Tensor): values = _array_of(values)
@@ -247,6 +250,7 @@ def _refuse_pages(im, size, shown):
     if im.size == size:
         raise OpenTransError(f"{shown} has several pages. Save the one that is meant as a file of its own.")
 
+# %% ../../nbs/data/14_readers.ipynb #3e5974f4
 def read_label_map(
     path:str|Path,
 )->np.ndarray: # (H,W) integers as they stand in the file; a palette's index, not its colour
@@ -428,6 +432,7 @@ def _summary(sample):
     pixels = zip(values.tolist(), counts.tolist())
     return row, Counter(dict(pixels))
 
+# %% ../../nbs/data/14_readers.ipynb #779b085b
 class Segmentation(_ImageLabels):
     "A data set on disk. Subclasses write `annotation`, which reads the segments of one image."
     def check(self,
@@ -502,6 +507,7 @@ def label_lut(
     lut[np.array(void, np.int64)] = ignore_label(classes)
     return lut
 
+# %% ../../nbs/data/14_readers.ipynb #16cd8d9d
 class LabelMaps(Segmentation):
     "A data set of label maps; `lut` says what their numbers mean. Each class is one region."
     instances = False
@@ -588,6 +594,7 @@ def _numbered(raw, ids):
     pixels = np.repeat(where.astype(smallest), lengths)
     return pixels.reshape(raw.shape), np.unique(numbers[is_strange])
 
+# %% ../../nbs/data/14_readers.ipynb #c12cd3fc
 class Panoptic(Segmentation):
     "A data set of COCO panoptic maps; `categories` maps the category ids of its JSON file to classes."
     decode = staticmethod(read_segments)

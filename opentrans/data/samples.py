@@ -66,6 +66,7 @@ def _seen_regions(packed, segments):
     pixels = np.bincount(segments.ravel(), minlength=len(packed['classes']))
     return (pixels > 0) & packed['isregion']
 
+# %% ../../nbs/data/11_samples.ipynb #5e5e3327
 def unpack(
     # image uint8 (3,H,W); segments (H,W): which segment; for each segment: classes (or ignore), isregion, isthing;
     # id; ignore
@@ -118,6 +119,7 @@ def panoptic_of(
     pairs = [classes.take(segments), instances.take(segments)]
     return torch.from_numpy(np.stack(pairs, -1))
 
+# %% ../../nbs/data/11_samples.ipynb #3da0687c
 def sample_packed(
     data:Dataset, # A data set of samples
     i:int, # Which one
@@ -255,6 +257,7 @@ def _drawn_labels(sample, names):
     shown = np.where(known, labels, 0)
     return np.where(known[...,None], colours[shown], .5)
 
+# %% ../../nbs/data/11_samples.ipynb #cb06abd5
 def _write_names(ax, sample, vocabulary):
     "Write the names of regions on a picture, where there is room."
     regions = np.asarray(sample['regions'])
@@ -323,6 +326,7 @@ def _full_size(sample):
     key = 'segments' if 'segments' in sample else 'labels'
     return tuple(sample[key].shape)
 
+# %% ../../nbs/data/11_samples.ipynb #83f62226
 def _resize_image(image, size, window, cut):
     """The window of an image that is resized: on 8 bits, as files are, which is several times faster than on
     floats, and if `cut` only what the window shows."""
@@ -350,6 +354,7 @@ def _take(x, rows, cols):
 
 _OF_REGIONS = ('regions', 'region_classes', 'isthing') # the lists of a sample that have an entry a region
 
+# %% ../../nbs/data/11_samples.ipynb #33761207
 def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packed=False):
     """Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it; pad
     the image, while it has 8 bits."""
@@ -387,6 +392,7 @@ def _without_regions(sample):
 
 def _is_number(value): return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
+# %% ../../nbs/data/11_samples.ipynb #e81ad830
 def _is_range(scale):
     "Is this a pair of numbers above 0 and up to 1000, the smaller one first?"
     if not isinstance(scale, (list, tuple)) or len(scale) != 2: return False
@@ -462,6 +468,7 @@ def _pad_segments(packed, size):
         padded[key] = np.append(packed[key], value)
     return padded
 
+# %% ../../nbs/data/11_samples.ipynb #5801b99a
 def _draw(full, size, seed, scale, flip):
     """What the seed draws for an image of a full size: the size to which it is resized, the window of that, whether
     it is mirrored, and the size of the crop."""
@@ -543,6 +550,7 @@ def _packs(kind):
     read = _defined_in(kind, '__getitem__')
     return read is None or issubclass(packed, read)
 
+# %% ../../nbs/data/11_samples.ipynb #c17dc0cf
 def read_sample(
     data:Dataset, # A data set of samples
     i:int, # Which one

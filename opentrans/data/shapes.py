@@ -68,6 +68,7 @@ def _inside_star(x, y):
     beside = (px-1.1)*(-inner_y)+py*along
     return -beside/np.hypot(along, inner_y)
 
+# %% ../../nbs/data/12_shapes.ipynb #d0e0bc4f
 @functools.cache
 def _grid(size):
     rows_and_columns = np.mgrid[0:size[0],0:size[1]]
@@ -124,6 +125,7 @@ def _surface(rng, texture, colour, contrast, u, v):
     shaded = body*shade[...,None]
     return np.clip(shaded, 0, 1)
 
+# %% ../../nbs/data/12_shapes.ipynb #899b9519
 def paint_object(
     rng:np.random.Generator, # A numpy generator
     img:np.ndarray, # (H,W,3) in [0,1]; painted on in place
@@ -209,6 +211,7 @@ def _brick(yy, xx, n2, ph):
     texture = np.where(joint[...,None], mortar, bricks)
     return (.58,.32,.24),texture
 
+# %% ../../nbs/data/12_shapes.ipynb #62414d86
 def paint_stuff(
     rng:np.random.Generator, # A numpy generator
     name:str, # One of `STUFF`, or `'paper'`, the ground of the domain `sketch`
@@ -249,6 +252,7 @@ def _clutter(rng, img):
     colour = rng.uniform(.05, .95, 3)
     img[m] = img[m]*.3+.7*colour
 
+# %% ../../nbs/data/12_shapes.ipynb #62b8a5f9
 def _gradient(rng, H, W):
     "Light that grows along some direction: (H,W), about 1."
     yy,xx = _grid((H, W))
@@ -324,6 +328,7 @@ def _ground(rng, size):
         kinds.append(STUFF[second])
     return img,seg,kinds
 
+# %% ../../nbs/data/12_shapes.ipynb #5a8c7cdc
 def _add_thing(rng, img, look, triples):
     "Paint one of some things at a random place: its mask, or None if none of it is seen, and which it is."
     H,W = img.shape[:2]
@@ -492,6 +497,7 @@ def stuff_image(rng:np.random.Generator, size:int, name:str)->np.ndarray: # (siz
     lit = _calm_light(rng, painted)
     return (lit*255).astype(np.uint8)
 
+# %% ../../nbs/data/12_shapes.ipynb #6436acb3
 # up to which draw of a number from 0 to 1 a caption names colour, texture and shape
 _CAPTIONS = ((.55, (1, 1, 1)), (.7, (1, 0, 1)), (.85, (0, 1, 1)), (.95, (0, 0, 1)), (1., (1, 1, 0)))
 

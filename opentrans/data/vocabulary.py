@@ -87,6 +87,7 @@ def _is_list(value):
     "Can the texts in this be read in order?"
     return isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping, Set))
 
+# %% ../../nbs/data/10_vocabulary.ipynb #61ef795b
 def _entries(names):
     "Names as the tuple of 'a,b' strings; raises for what is no list of names."
     # a comma list, as on the command line: ';' parts synonyms
@@ -252,6 +253,7 @@ def _rows(lines, sign):
     if _heading(rows[0]) is not None: return rows
     return rows if _number_columns(rows, range(fewest)) else None
 
+# %% ../../nbs/data/10_vocabulary.ipynb #952748b5
 def _number_columns(body, columns):
     "Which columns of a table hold nothing but numbers."
     return [i for i in columns if all(_is_number(row[i]) for row in body)]
@@ -292,6 +294,7 @@ def _without_numbers(lines):
         if numbers in counts: return [match[name] for match in found]
     return lines
 
+# %% ../../nbs/data/10_vocabulary.ipynb #e6e5e871
 def _is_quoted(line, sign):
     "Does a line stand between two such signs, with none of them inside?"
     return len(line) > 2 and line[0] == line[-1] == sign and line.count(sign) == 2

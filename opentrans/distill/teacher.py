@@ -32,6 +32,7 @@ TEACHER_FILE = FileKind('opentrans-teacher', 'teacher embeddings', 'DistillTrain
 _PENDING = 64*2**20 # Bytes of embeddings that wait in memory for their file
 _WIDEST = 2**20 # Regions of an image, at most
 
+# %% ../../nbs/clip/23d_teacher.ipynb #28da2fab
 class TeacherStore:
     "Teacher embeddings in files of a folder: rows by image and region, to which files are only added."
     def __init__(self,

@@ -282,6 +282,7 @@ def _keys(rows):
     "The keys of regions: (number of the sample, number of the region)."
     return [tuple(row) for row in rows[:,:2].tolist()]
 
+# %% ../../nbs/clip/23a_teaching.ipynb #ad4d0b6d
 class _TrainerBatches(_TrainerChecks):
     "What a batch is made of."
     def _window(self, sample, generator):
@@ -380,6 +381,7 @@ def _is_memory(state, width):
     if len(state) != 4 or not are_rows or not are_numbers: return False
     return len(keys) == len(rows) and len(files) == 1 and int(files) >= 0
 
+# %% ../../nbs/clip/23a_teaching.ipynb #5b5df6b6
 class _TrainerTeaching(_TrainerBatches):
     "Embeddings of the teacher, computed once."
     def _knows(self, key):

@@ -137,6 +137,7 @@ def _are_losses(losses, count):
     if losses is None or losses.dtype != torch.float64: return False
     return losses.shape == (count,) and bool(losses.isfinite().all())
 
+# %% ../../nbs/clip/23_distill.ipynb #41e4a9b6
 class _TrainerResume(_TrainerSteps):
     "Checkpoints within a round."
     def _save_within(self, within, whole, opt, stream, losses, seed, device):
@@ -198,6 +199,7 @@ def _means(losses):
     last = np.mean(losses[-tenth:])
     return dict(loss=float(np.mean(losses)), loss_first=float(first), loss_last=float(last))
 
+# %% ../../nbs/clip/23_distill.ipynb #77f444ad
 class _TrainerRounds(_TrainerResume):
     "A round of training."
     def _seed(self, round):

@@ -71,6 +71,7 @@ class ArmResult(OpenDict):
     every: NotRequired[bool]
     seconds: NotRequired[Amount]
 
+# %% ../../nbs/experiments/51_arms.ipynb #6ef7567c
 def read_tensors(path:str|Path, kind:FileKind):
     "The tensors of a file of a run. Those of opentrans 0.1 do not say what they are."
     says_its_kind = 'format' in load_metadata(path)
@@ -172,6 +173,7 @@ def _schedule_of(given, density, p):
     rounds = len(geometric_schedule(density, p))
     return cubic_schedule(density, rounds)
 
+# %% ../../nbs/experiments/51_arms.ipynb #d2cc5069
 def find_mask(
     scale:Scale, # Sizes
     seed:int, # Of the world, of distillation and of chance
@@ -231,6 +233,7 @@ def _find_otherwise(scale, seed, folder, recipe):
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
     _keep_found(folder, name, mask, seconds, mask.info.get('images'))
 
+# %% ../../nbs/experiments/51_arms.ipynb #0eb78d06
 def _snip_mask(scale, seed, density):
     "SNIP by the loss of distillation."
     clip = open_clip_of(scale)
@@ -379,6 +382,7 @@ def checkpoints(file:str|Path, scale:Scale):
     yield dict(checkpoint_dir=run, checkpoint_every=scale.checkpoint) if scale.checkpoint else {}
     if Group().main: shutil.rmtree(run, ignore_errors=True)
 
+# %% ../../nbs/experiments/51_arms.ipynb #49a3bfe9
 def maybe_mask(mask:SparseMask|None, seg:Framework):
     return contextlib.nullcontext() if mask is None else mask.apply(seg.backbone)
 
@@ -573,6 +577,7 @@ def _settings_of(arm, scale, seed, mask, selection):
     settings['frozen'] = [] if selection is None or arm.level else selection.freeze
     return settings
 
+# %% ../../nbs/experiments/51_arms.ipynb #93a8631a
 def _mious(arm, scale, seg, world):
     "The mIoU of an arm on base and novel classes of the validation data, and on each other data set."
     mious = {}
@@ -627,6 +632,7 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
     if Group().main: save_json(result, done, ARM_FILE) # the last: it says that all is there
     return result
 
+# %% ../../nbs/experiments/51_arms.ipynb #0aa08712
 def _keep_arm(seg, world, scale, done, tower, alphas):
     "Write what an arm has left: answers, and alphas and the tower where their files are named."
     answers = {}

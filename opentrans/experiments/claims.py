@@ -40,6 +40,7 @@ def _check_once(results):
             raise OpenTransError(f"There are two results of {arm} with seed {seed}; give one.")
         measured.add((arm, seed))
 
+# %% ../../nbs/experiments/53_claims.ipynb #c6eaf428
 def results_frame(
     results:Iterable[ArmResult], # Results of arms, of one seed or several
 )->pd.DataFrame: # A row for each arm and seed

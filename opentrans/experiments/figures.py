@@ -55,6 +55,7 @@ def _set_label(which):
     is_group = which in ('base', 'novel')
     return for_plot(f'{which}\nclasses' if is_group else f'domain\n{which}')
 
+# %% ../../nbs/experiments/54_figures.ipynb #b1cf04d7
 def plot_arms(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms:Sequence[Arm], # Which, in order
@@ -266,6 +267,7 @@ def _names_of(world, scenes):
     for data,_ in scenes: names |= dict.fromkeys(world[data].vocabulary.names)
     return names
 
+# %% ../../nbs/experiments/54_figures.ipynb #15643fef
 def plot_scenes(
     scale:Scale, # Sizes
     seed:int, # Of the world
@@ -380,6 +382,7 @@ def plot_courses(
     for ax in axs: ax.legend(fontsize=9, frameon=False)
     return axs
 
+# %% ../../nbs/experiments/54_figures.ipynb #868dd5ef
 def plot_similarity(
     frame:pd.DataFrame, # As `results_frame` gives it
     ax:'Axes|None'=None, # Axes
@@ -438,6 +441,7 @@ def _plot_labels(image, labels, names, ax):
         handles.append(Patch(color=colours[k], label=for_plot(told)))
     ax.legend(handles=handles, loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
 
+# %% ../../nbs/experiments/54_figures.ipynb #a98dbb4a
 def plot_photographs(
     clips:dict, # Title of a column -> `ClipBackbone`
     photographs:dict, # Name -> (picture, words), as `sample_photographs` gives them

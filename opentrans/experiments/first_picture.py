@@ -133,6 +133,7 @@ def photograph_jobs(
         jobs['photographs', kind] = ((), write_labels, (kind, folder, iterations, seed))
     return jobs
 
+# %% ../../nbs/experiments/58b_first_picture.ipynb #34d812f8
 def read_seen(
     folder:str|Path, # Where the jobs of `photograph_jobs` wrote
 )->dict: # Name of a tower -> {photograph: labels (h,w)}

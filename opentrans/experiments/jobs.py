@@ -361,6 +361,7 @@ def _plan(scale, seed, folder, arms):
         jobs[seed, 'arm', key] = (needs, *work)
     return jobs
 
+# %% ../../nbs/experiments/52_jobs.ipynb #56fa1681
 def seed_folders(runs:str|Path, seeds:Iterable[int]):
     "Where the runs of each seed lie: seed -> folder."
     return {n: Path(runs)/f'seed{n}' for n in seeds}

@@ -78,6 +78,7 @@ def snip_regions(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, se
     def losses(model): return train.losses(model, _BATCHES, seed)
     return _snip(clip, density, losses, _BATCHES*scale.imp_batch)
 
+# %% ../../nbs/experiments/59_league.ipynb #1dda9dd6
 @finder('snip, labels')
 def snip_labels(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed:int, folder:str|Path):
     "SNIP by the loss of the framework on labels, with a head that is new."
@@ -101,6 +102,7 @@ def _draw_side(side, draws):
     share = .2+.4*torch.rand((), generator=draws)
     return int(side*share)
 
+# %% ../../nbs/experiments/59_league.ipynb #9e597974
 class RandomBoxes:
     "A data set whose regions are boxes drawn at random, the same each time: images without annotation."
     def __init__(self, data:Dataset, boxes:int=4, seed:int=0):
@@ -135,6 +137,7 @@ def _images_of(history, data, scale):
     drawn = len(history)*scale.imp_iters*scale.imp_batch
     return min(len(data), drawn)
 
+# %% ../../nbs/experiments/59_league.ipynb #a80d53a1
 @finder('Algorithm 1, features')
 def imp_features(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed:int, folder:str|Path):
     "Algorithm 1 with the cosine of the four stages' features, on images without labels."
@@ -242,6 +245,7 @@ class _Before(OpenDict):
     seconds: Measured
     images: Measured
 
+# %% ../../nbs/experiments/59_league.ipynb #161bfe17
 def _cost_of(recipe, scale, folder):
     "Seconds and images that a mask took; None where nothing says it."
     if recipe is None or not recipe.distilled: return dict(seconds=0., images=0)
@@ -278,6 +282,7 @@ def before_tuning(
 
 def _of_one_framework(arms): return [arm for arm in arms if not arm.framework]
 
+# %% ../../nbs/experiments/59_league.ipynb #a344137a
 def all_before(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "`before_tuning` of all arms of the first framework."
     folders = seed_folders(runs, seeds)
@@ -324,6 +329,7 @@ def _after_row(run, method, density, framework):
     stage = f'after, {framework or run.framework}'
     return dict(method=method, density=density, stage=stage, seed=run.seed, score=run.both)
 
+# %% ../../nbs/experiments/59_league.ipynb #78c5dff5
 def league_frame(
     data:dict, # What `run_study` gives
 )->pd.DataFrame: # A row for each method, density, stage and seed: score (percent), minutes, images
@@ -349,6 +355,7 @@ def league_frame(
         row['minutes'],row['images'] = costs.get(key, unknown_cost)
     return pd.DataFrame(rows)
 
+# %% ../../nbs/experiments/59_league.ipynb #805f38d7
 def _interval(frame, method):
     "Paired difference to Algorithm 1 over seeds: mean and 95 % interval, as text."
     from scipy import stats
@@ -379,6 +386,7 @@ def _against(frame, method):
     "The difference to Algorithm 1 as text, of what is compared with it."
     return '' if method in ('dense', 'Algorithm 1') else _interval(frame, method)
 
+# %% ../../nbs/experiments/59_league.ipynb #fceb5247
 def _minutes_cell(method, minutes):
     "Minutes as text; some methods take none."
     if minutes > 0: return f'{minutes:.2f}'
@@ -417,6 +425,7 @@ def league_table(
     table['annotation'] = [_annotation_cell(method) for method in methods]
     return table
 
+# %% ../../nbs/experiments/59_league.ipynb #617df3d5
 def _league_text(data):
     "The tables of all densities, in Markdown."
     in_frame = {*league_frame(data).density}
@@ -454,6 +463,7 @@ def _plot_stage(runs, dense_score, marks, stage, ax):
     what = 'regions named (%)' if stage == 'before' else 'mIoU (%)'
     ax.set(xscale='log', xlabel='minutes of one core', ylabel=what)
 
+# %% ../../nbs/experiments/59_league.ipynb #4a8f5dff
 def _league_axes(rows, columns):
     figsize = (4.6*columns, 3.2*rows+.8)
     axs = get_axes(nrows=rows, ncols=columns, figsize=figsize, layout='constrained', squeeze=False)

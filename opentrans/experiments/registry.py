@@ -243,6 +243,7 @@ def _study_scale(name, scale, pretrained, framework):
     weights = dict(pretrained=str(pretrained)) if pretrained else {}
     return dataclasses.replace(scale, **dict(own), **weights),own
 
+# %% ../../nbs/experiments/55_studies.ipynb #a20c4ee1
 def _plans(scale, arms, seed):
     "A `RunPlan` for each framework of some arms, by its name. What an arm freezes or prunes saves some of it."
     plans = {}
@@ -346,6 +347,7 @@ def run_study(
     save_json(data, file, STUDY_FILE)
     return data
 
+# %% ../../nbs/experiments/55_studies.ipynb #0b3dfd06
 def _headline(study, scale):
     "What a file says that it holds."
     where = 'Toy scale' if scale.data == 'shapesworld' else 'Real data'
@@ -433,6 +435,7 @@ def _told_of(study, data):
     if study.text: parts.append(study.text(data))
     return parts
 
+# %% ../../nbs/experiments/55_studies.ipynb #b90345b9
 def show_study(
     name:str, # One of `list_studies`
     folder:str|Path='results', # Where `run_study` has written

@@ -91,6 +91,7 @@ def _answers(arm, scale, folder):
     path = arm_file(folder, arm, scale, kind='safetensors')
     return read_tensors(path, ANSWERS_FILE)
 
+# %% ../../nbs/experiments/58_report.ipynb #db7548da
 def _plot_masks(scale, seed, folder):
     "How a mask was found, and below, what masks keep of each layer."
     import matplotlib.pyplot as plt
@@ -226,6 +227,7 @@ def _short_table(data):
         table[name] = {key: cells[key] for key in _SHORT if key in cells}
     return table
 
+# %% ../../nbs/experiments/58_report.ipynb #f5ad978f
 def _table_html(rows):
     "A summary as an HTML table."
     frame = pd.DataFrame(rows).T.map(for_html)
@@ -313,6 +315,7 @@ def _made(began, command, workers):
     minutes = (time.time()-began)/60
     return dict(command=command, date=str(date.today()), minutes=round(minutes, 1), workers=workers, **hardware())
 
+# %% ../../nbs/experiments/58_report.ipynb #eedf9493
 def _summaries(frame, arms):
     "A table of each study whose arms were run."
     has_frameworks = any(arm.framework for arm in arms)

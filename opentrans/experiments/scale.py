@@ -63,6 +63,7 @@ def _size_from(name, kind, text):
 _OFF_IN_FILES = dict(val=0, imp_crop=0, checkpoint=0, precision='no')
 _CHOICES = dict(alpha_of=('dense', 'masked'), precision=('no', 'bf16', 'fp16'))
 
+# %% ../../nbs/experiments/50_scale.ipynb #ff4cf823
 @dataclass(frozen=True)
 class Scale:
     "Every size of a study."
@@ -231,6 +232,7 @@ class Scale:
         known = dict(deeplabv3=pixels, mask2former=queries, fcclip=queries, detector=things)
         return known.get(framework, {})
 
+# %% ../../nbs/experiments/50_scale.ipynb #7d9c3967
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
 _RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4,
              queries=(), checkpoint=1000, alpha_of='dense', loaders=4)
@@ -309,6 +311,7 @@ def _tiny_folder(root, otherwise=''):
         f"There is no folder 'tiny_imagenet' in '{shorten(root)}' to compose scenes from. Give the root that has "
         f"it{otherwise}.")
 
+# %% ../../nbs/experiments/50_scale.ipynb #68365737
 def _tiny_names(root):
     "The folders of Tiny-ImageNet."
     lines = read_text(root/'names.tsv').splitlines()

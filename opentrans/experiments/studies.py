@@ -103,6 +103,7 @@ def train_detector(scale:Scale, seed:int, folder:str|Path, mask:str):
     row = dict(mask=mask, seed=seed, ap=found['ap'], ap50=found['ap50'], base=groups['base'], novel=groups['novel'])
     save_json(row, Path(folder)/f'detector-{mask}.json', DETECTION_FILE)
 
+# %% ../../nbs/experiments/56_results.ipynb #afb4d0a8
 def detections(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "Detectors of all masks and seeds, trained where they are not there yet."
     find_masks(scale, seeds, runs, scheduler, [MaskRecipe()])
@@ -367,6 +368,7 @@ def alpha_course(scale:Scale, seed:int, folder:str|Path, mask:str|None=None):
     part.unlink(missing_ok=True)
     return load_json(kept, _Course, COURSE_FILE)
 
+# %% ../../nbs/experiments/56_results.ipynb #62ec3e08
 def alpha_curves(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "`alpha_course` of a dense and a sparse tower, by seed."
     masks = {'dense': None, 'sparse': 'distilled'}

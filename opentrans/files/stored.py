@@ -510,6 +510,7 @@ def check_finite(
     end = f' {advice}' if advice else ''
     raise OpenTransError(f"{len(bad)} of {len(tensors)} tensors are not finite ({what}), such as {some}.{end}")
 
+# %% ../../nbs/00_files.ipynb #bfd544cf
 def _differences(tensors, like):
     "How tensors differ from what they shall be put into: words for a message -> names."
     shapes = []

@@ -59,6 +59,7 @@ def from_windows(
     rows = windows.transpose(2, 3).flatten(3, 4)
     return rows.flatten(1, 2)
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #9aa6da0b
 def window_mask(
     grid:Sequence[int], # (H,W) of whole windows
     size:Sequence[int], # (h,w) of a window
@@ -90,6 +91,7 @@ def window_mask(
     apart = here != there
     return apart.float()*-100
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #0a96ca34
 class WindowAttention(nn.Module):
     "Attention within a window, whose queries and keys see the guide."
     def __init__(self,
@@ -128,6 +130,7 @@ class WindowAttention(nn.Module):
         out = (weights @ values).transpose(1, 2)
         return self.proj(out.flatten(2))
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #87a93440
 class SpatialBlock(nn.Module):
     "Attention in windows, and an MLP."
     def __init__(self,
@@ -172,6 +175,7 @@ class SpatialBlock(nn.Module):
         y = self.norm2(x)
         return x + self.mlp(y)
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #81cb9e4d
 class SpatialPair(nn.Module):
     "Two blocks, the second shifted."
     def __init__(self, width:int, guide:int, heads:int, window:int):
@@ -229,6 +233,7 @@ class ClassLayer(nn.Module):
 
 def _padding(width): return nn.Parameter(torch.zeros(1, 1, width))
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #0fcb2cf6
 class ClassAttention(nn.Module):
     "The classes of each place look at each other, at pooled places."
     def __init__(self,
@@ -283,6 +288,7 @@ class ClassAttention(nn.Module):
         x = x.unflatten(0, (batch, count))
         return volume + x.transpose(1, 2)
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #5f77c568
 class AggregatorLayer(nn.Module):
     "First space, then classes."
     def __init__(self, width:int, text:int, guide:int, heads:int, window:int, pool:int, most:int):
@@ -336,6 +342,7 @@ def _conv_relu(channels, width):
     conv = nn.Conv2d(channels, width, 3, padding=1)
     return nn.Sequential(conv, nn.ReLU())
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #83852d0e
 class Aggregator(nn.Module):
     "Cost volume -> logits of each class, four times as fine."
     def __init__(self,
@@ -458,6 +465,7 @@ def catseg_cells(
     cells = cells[:, 1:].mT
     return cells.unflatten(2, grid),kept
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #31c6fa66
 class WindowMeans(Scores):
     "Probabilities from four windows and the whole, as the released evaluation joins them."
     def __init__(self,
@@ -497,6 +505,7 @@ class WindowMeans(Scores):
         mean = (total/seen + whole)/2
         return resize(mean, self.size)
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #2e7b3609
 @register_framework('catseg')
 class CATSeg(Framework):
     "CAT-Seg: a volume of cosines, aggregated over space and classes."
@@ -634,6 +643,7 @@ class CATSeg(Framework):
         logits = resize(logits, labels.shape[-2:])
         return dict(bce=class_loss(logits, labels, ignore))
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #68455129
 def class_loss(
     logits:torch.Tensor, # (B,K,H,W)
     labels:torch.Tensor, # (B,H,W)
@@ -700,6 +710,7 @@ def released_parts(
         elif name.startswith(_TOWER): out[f'{prefix}.{name.removeprefix(_TOWER)}'] = found
     return out
 
+# %% ../../nbs/frameworks/36_catseg.ipynb #96c02f96
 def why_left(
     name:str, # In a released CAT-Seg or SED
 )->str: # Or None

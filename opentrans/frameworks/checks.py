@@ -82,6 +82,7 @@ class _Case:
                 losses.append(loss.item())
         return losses
 
+# %% ../../nbs/frameworks/30b_checks.ipynb #693d7957
 _CHECKS = []
 def _check(function):
     "Add a check to the suite: a function of a `_Case` that says what it found, or fails with a reason."
@@ -119,6 +120,7 @@ def _names_carry_a_mask(case):
     prefix = name[:-len(key)]
     return f'{len(mask.names)} layers, prefix {prefix!r}'
 
+# %% ../../nbs/frameworks/30b_checks.ipynb #9e29e437
 @_check
 def _logits_follow_the_vocabulary(case):
     "logits are (B,K,H,W) at input size, change with the vocabulary and permute with it"
@@ -176,6 +178,7 @@ def _learning(seg, batch):
         if not is_weight and _has_gradient(p): rest.add(name)
     return moved,rest
 
+# %% ../../nbs/frameworks/30b_checks.ipynb #c74b7d6f
 @_check
 def _gradients_follow_the_selection(case):
     "gradients exist exactly where a LayerSelection allows"
@@ -242,6 +245,7 @@ def _without_labels(batch):
     kinds = [none.long()]*count
     return dict(batch, labels=unknown, regions=regions, region_classes=kinds, isthing=[none]*count)
 
+# %% ../../nbs/frameworks/30b_checks.ipynb #ef73bfb5
 @_check
 def _small_images(case):
     "images of a few pixels are answered, and trained on or refused in a sentence"
@@ -296,6 +300,7 @@ def _evaluation_is_deterministic(case):
     assert seg.training, 'predict does not put training mode back'
     return 'same logits twice, and from the saved state'
 
+# %% ../../nbs/frameworks/30b_checks.ipynb #af57c263
 @_check
 def _pieces_are_the_whole(case):
     "logits of some classes at a time are those of all, and so is the best class, the first of equals"
@@ -357,6 +362,7 @@ def _pruned_weights_stay_zero(case):
             assert moved, f'{name}: the kept weights have not moved'
     return f'{len(mask.names)} layers at density {mask.density:.2f}'
 
+# %% ../../nbs/frameworks/30b_checks.ipynb #a233cccd
 @_check
 def _it_learns(case):
     "a few steps on one batch lower the loss"

@@ -154,6 +154,7 @@ def _for_small_images(method, cut):
         return out[cut(height, width)]
     return filled
 
+# %% ../../nbs/frameworks/30_contract.ipynb #d932172e
 def _loss_for_small_images(method):
     "A loss that takes images of any size, or says why not."
     @functools.wraps(method)
@@ -236,6 +237,7 @@ def check_choice(
 JITTER = dict(scale=(.1, 2.), flip=.5) # large-scale jitter of a `Recipe`, as Mask2Former and FC-CLIP train on COCO
 ADAMW = dict(optimizer='adamw', weight_decay=.05, clip_grad=.01) # what Mask2Former's code and its descendants share
 
+# %% ../../nbs/frameworks/30_contract.ipynb #f0d0e0f9
 class Framework(_AnySize, _AnyVocabulary):
     "A segmentation framework on a CLIP backbone, open to any vocabulary (Sec. 3.1). An adapter writes `forward`."
     kinds:tuple[str, ...] = ('semantic',) # What `predict` can give
@@ -345,6 +347,7 @@ def list_frameworks()->list[str]:
     def there(cls): return not isinstance(cls, str) or importlib.util.find_spec(cls)
     return sorted(name for name,cls in _REGISTRY.items() if there(cls))
 
+# %% ../../nbs/frameworks/30_contract.ipynb #a1e67f03
 def _loaded(name):
     "The class of a registered name; its module is imported if it has only been promised."
     if isinstance(_REGISTRY[name], str): importlib.import_module(_REGISTRY[name])

@@ -67,6 +67,7 @@ class TextClassifier(nn.Module):
         "A list of maps (B,C,h,w) and text (K,D) -> a list of logits (B,K,h,w)."
         return [self._logits(x, text) for x in maps]
 
+# %% ../../nbs/frameworks/39b_detector.ipynb #59187578
 class OpenHead(FCOSHead):
     "torchvision's head of FCOS with names for classes."
     def __init__(self, channels:int, embed_dim:int, convs:int, groups:int, scale:float, prior:float):
@@ -143,6 +144,7 @@ def _square_anchors(strides):
     shapes = ((1.,),)*len(strides)
     return AnchorGenerator(sides, shapes)
 
+# %% ../../nbs/frameworks/39b_detector.ipynb #fa5ff1eb
 @register_framework('detector')
 class Detector(Framework):
     "FCOS on CLIP with text embeddings for its classes."
@@ -316,6 +318,7 @@ def _groups_of(data, things):
     for name,of in of_data.items(): groups[name] = [k for k in of if k in things]
     return groups
 
+# %% ../../nbs/frameworks/39b_detector.ipynb #33d070e7
 def detection_ap(
     framework:Framework, # With `predict(kind='boxes')`
     data:Dataset, # Data set of regions; its `groups` name classes, its `things` those that have boxes
@@ -350,6 +353,7 @@ def detection_ap(
     ap_of = {names[k]: float(by_class[k]) for k in things}
     return dict(res, ap_of=ap_of, images=total)
 
+# %% ../../nbs/frameworks/39b_detector.ipynb #36933b24
 def draw_boxes(
     image:torch.Tensor, # (3,H,W) in [0,1]
     found:dict, # boxes, labels, and scores if there are any

@@ -168,6 +168,7 @@ class OpenTransCLIP(_PartlyFrozen):
         maps = self.kind.features(self.visual, x)[0]
         return {name: maps[name] for name in self._out_features}
 
+# %% ../../nbs/frameworks/39_detectron2.ipynb #d81ce7f1
 if BACKBONE_REGISTRY is not None and 'OpenTransCLIP' not in BACKBONE_REGISTRY:
     BACKBONE_REGISTRY.register(OpenTransCLIP)
 
@@ -273,6 +274,7 @@ class MaskHook(HookBase):
         self.mask = trained
         self.applied = state['applied']
 
+# %% ../../nbs/frameworks/39_detectron2.ipynb #37103f39
 def _unpacked(bits, shape):
     "A tensor of bools from packed bits."
     count = int(np.prod(shape))

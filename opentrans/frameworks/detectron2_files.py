@@ -64,6 +64,7 @@ class Outlines(Segmentation):
         is_single = np.array([False, *single])
         return segments,classes,is_single
 
+# %% ../../nbs/frameworks/39a_detectron2_files.ipynb #14ba4378
 def _outlined(coco, outline, height, width, name):
     "The mask of polygons or run lengths. Raises `OpenTransError` for an outline that cannot be drawn on the image."
     try:
@@ -99,6 +100,7 @@ def _classes(meta):
     names = things+others
     return names,list(range(len(things))),place
 
+# %% ../../nbs/frameworks/39a_detectron2_files.ipynb #fe6c5147
 def _entries(entry, kind, place):
     "The segments of an image, with the class of each as `category_id`."
     if kind == 'instances': return [outline for outline in entry['annotations'] if outline.get('segmentation')]
@@ -219,6 +221,7 @@ def _about(data, things):
     return dict(stuff_classes=names, thing_classes=of_things, ignore_label=data.ignore, label_divisor=1000,
                 evaluator_type=judge, opentrans=ours)
 
+# %% ../../nbs/frameworks/39a_detectron2_files.ipynb #587ebf82
 def register_catalog(
     data:Dataset, # Data set of samples, such as `ShapesWorld`, or what `open_dataset` gives
     name:str, # New name in `DatasetCatalog` and `MetadataCatalog`
@@ -255,6 +258,7 @@ def register_catalog(
         catalogs.MetadataCatalog.remove(name)
     return Handle(free)
 
+# %% ../../nbs/frameworks/39a_detectron2_files.ipynb #0b3294f0
 def _catalog_entries(written, folders, labels, place, things):
     "The entries of a written data set, as detectron2 lists them."
     image_root = Path(folders['image_root'])
@@ -335,6 +339,7 @@ def _new_names(state, old, new, part):
             if name.startswith(text): names[name] = new_outer+name.removeprefix(outer)
     return names
 
+# %% ../../nbs/frameworks/39a_detectron2_files.ipynb #dd91fb5d
 def _check_like(tower, like):
     "Raise `OpenTransError` for a tower that is not that of a model, in names or shapes."
     own = image_tower(like).state_dict()

@@ -27,6 +27,7 @@ from ..runtime import device_of
 # %% ../../nbs/frameworks/35_faseg.ipynb #ad3f0a93
 KEY_POSITIONS = ('conditional', 'sine', 'learned')
 
+# %% ../../nbs/frameworks/35_faseg.ipynb #1e51d10f
 class FASegPixelDecoder(PixelDecoder):
     "`PixelDecoder` that also returns a fourth, finest level and the positional encodings of all levels."
     @delegates(PixelDecoder.__init__)
@@ -111,6 +112,7 @@ class FASegPixelDecoder(PixelDecoder):
                 codes.append(self.encode(3, source))
             return self.mask_projection(fine), levels, codes
 
+# %% ../../nbs/frameworks/35_faseg.ipynb #5f92a72c
 def _flat(maps):
     "Maps (B,D,h,w) as one sequence of pixels (B,hw,D)."
     pixels = [m.flatten(2).mT for m in maps]
@@ -418,6 +420,7 @@ def _channels_last(shape, side):
     is_square = shape[1] == shape[2] == side
     return is_square and shape[3] != side
 
+# %% ../../nbs/frameworks/35_faseg.ipynb #f4d8f072
 class StagedBackbone(nn.Module):
     "Any encoder of four stages as a backbone for frameworks, with the text encoder of a CLIP."
     def __init__(self,

@@ -51,6 +51,7 @@ class ClassWords:
         words = torch.arange(len(embeddings), device=embeddings.device)
         return cls(embeddings, words[:, None], seen)
 
+# %% ../../nbs/frameworks/34_fcclip.ipynb #3c508892
 def class_words(
     vocabulary:Vocabulary|Sequence[str], # Names of the classes (`'sofa,couch'` has two words)
     encode:Callable, # Function: (list of words, templates) -> (W,D) unit embeddings
@@ -358,6 +359,7 @@ def _head_names(weights):
     if void in weights: found['nothing'] = void,weights[void]
     return found
 
+# %% ../../nbs/frameworks/34_fcclip.ipynb #8ad64e11
 def _tower_names(framework, weights):
     "The weights of CLIP's tower, if it is the framework's own: name here -> (name in the file, tensor)."
     old = 'backbone.clip_model.visual.'

@@ -99,6 +99,7 @@ def _guesses(found):
             rows.append(row)
     return rows
 
+# %% ../../nbs/frameworks/35c_instances.ipynb #b8817489
 def instance_ap(
     found:Sequence[Instances], # `Instances` of each picture
     true:Sequence[tuple[torch.Tensor, torch.Tensor]], # For each picture (masks (N,H,W), classes (N)): its things

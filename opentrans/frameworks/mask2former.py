@@ -26,6 +26,7 @@ KD_SOURCES = ('prior', 'posterior', 'direct') # student: a projection of the que
 KD_TARGETS = ('crop', 'attention', 'tight') # how the teacher embeds a region; `'tight'` as the released code crops
 KD_FORMS = ('paper', 'released') # the distillation loss
 
+# %% ../../nbs/frameworks/33_mask2former.ipynb #5660b1f0
 class _NamedQueries(QueryFramework):
     "Queries in CLIP's space, classified by the cosine to text embeddings and to a learned *nothing* (Eq. 1)."
     first_scale:float # Temperature of the classifier at first
@@ -135,6 +136,7 @@ class _DistilledQueries(_NamedQueries):
                 terms.append(torch.cat(each).mean())
         return sum(terms)
 
+# %% ../../nbs/frameworks/33_mask2former.ipynb #36a9fc93
 def _rows(students, pair, chosen, taught, text):
     "Of an image's chosen regions that have a query: students, teachers and text embeddings, row by row."
     queries,regions = pair

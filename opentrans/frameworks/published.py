@@ -133,6 +133,7 @@ def _check_fit(own, found, told, needed, advice):
         raise OpenTransError(f"{len(strange)} tensors of the file do not fit ({first}) and "
                              f"{len(missing)} of the head are not in it ({absent}). {advice}")
 
+# %% ../../nbs/frameworks/32b_published.ipynb #31b817f0
 def _report(own, weights, found, fits, why, mine):
     "What became of each tensor of a file, and what was kept here."
     used = {}

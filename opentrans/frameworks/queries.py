@@ -316,6 +316,7 @@ class QueryScores(Scores):
         new.moves = (*self.moves, move)
         return new
 
+# %% ../../nbs/frameworks/32_queries.ipynb #f85b0f75
 _MASKS = 2**25 # Values of masks at full size that are made at a time
 
 def best_class_from_queries(

@@ -48,6 +48,7 @@ def mirrored_sides(sides):
     rows,columns = sides
     return rows,columns.flip(0)
 
+# %% ../../nbs/frameworks/30a_scores.ipynb #aad49f2f
 class _Steps:
     "What may follow logits, all classes alike."
     def then(self,
@@ -148,6 +149,7 @@ def _best_in_windows(best_of_two, maps, height, width):
             maps = best_of_two(before, after)
     return maps
 
+# %% ../../nbs/frameworks/30a_scores.ipynb #a1022ffe
 class _InTiles(_Steps):
     "How parts of an image are made, where `moves` is known."
     parted:bool = True # Can a part of an image be made alone, by `tile`?
@@ -262,6 +264,7 @@ def _possible(scores, windows):
         found.append(most >= floor)
     return torch.cat(found, 1)
 
+# %% ../../nbs/frameworks/30a_scores.ipynb #8f312f89
 def _best_in_tiles(scores, tiles, possible):
     "The best class of one image: in each tile, of those that can be."
     scores = scores.ready()

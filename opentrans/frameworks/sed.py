@@ -42,6 +42,7 @@ class ConvNextBlock(nn.Module):
         y = self.gamma*self.pwconv2(y)
         return x + y.permute(0, 3, 1, 2)
 
+# %% ../../nbs/frameworks/37_sed.ipynb #63878057
 class FusionStep(nn.Module):
     "Space, classes, and twice the size."
     def __init__(self, channels:int, width:int, guide:int, heads:int, pool:int, kernel:int):
@@ -82,6 +83,7 @@ def kept_classes(
     kept[winners.flatten()] = True
     return kept
 
+# %% ../../nbs/frameworks/37_sed.ipynb #2582948b
 class FusionDecoder(nn.Module):
     "Cost volume -> logits of each class, eight times as fine."
     def __init__(self,
@@ -186,6 +188,7 @@ class FusionDecoder(nn.Module):
 # %% ../../nbs/frameworks/37_sed.ipynb #5123c87f
 _BENCHMARKS = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459')
 
+# %% ../../nbs/frameworks/37_sed.ipynb #601e1b22
 @register_framework('sed')
 class SED(Framework):
     "SED: cost maps of a convolutional CLIP, fused with ever finer features; early rejection."

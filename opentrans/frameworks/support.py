@@ -54,6 +54,7 @@ def _batch():
     return dict(images=images.contiguous(), labels=labels, regions=regions, region_classes=[classes]*2,
                 isthing=[things]*2, ids=['0', '1'])
 
+# %% ../../nbs/frameworks/30c_support.ipynb #12bf503d
 @support_try('mask')
 def _mask(framework):
     "A mask of the bare tower fits, its densities are right, and training revives nothing."
@@ -89,6 +90,7 @@ def _alpha(framework):
             if rests and grad is not None and grad.any():
                 raise OpenTransError(f"{layer.name} rests and has a gradient.")
 
+# %% ../../nbs/frameworks/30c_support.ipynb #8069756a
 @support_try('sparse engine')
 def _sparse(framework):
     "The engine that skips zeros gives the same as torch."
@@ -162,6 +164,7 @@ def try_support(
             res[column] = f'no: {_reason(error)}'
     return res
 
+# %% ../../nbs/frameworks/30c_support.ipynb #deedc389
 def try_all(
     frameworks:Sequence[str]|None=None, # Names; None: all
     columns:Sequence[str]|None=None, # Of `TRIES`; None: all

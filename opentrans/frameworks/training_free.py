@@ -99,6 +99,7 @@ def first_tokens(
     tokens = net.patch_dropout(tokens)
     return net.ln_pre(tokens),grid
 
+# %% ../../nbs/frameworks/38_training_free.ipynb #2e1d597f
 def tokens_before_last(
     net:nn.Module, # As for `first_tokens`, and so the others
     images:torch.Tensor,
@@ -228,6 +229,7 @@ def refine(
 _STRUCK_OUT = 1e4 # taken off the logits of a class that is too small
 _AT_A_TIME = 2**26 # logits of words at full size that are held
 
+# %% ../../nbs/frameworks/38_training_free.ipynb #4680d370
 class CellScores(Scores):
     "Logits of classes from the embeddings of cells, seen through windows, made some classes at a time."
     def __init__(self,
@@ -330,6 +332,7 @@ class CellScores(Scores):
         after = logits[:, here+1:]
         return torch.cat([before, floor, after], 1)
 
+# %% ../../nbs/frameworks/38_training_free.ipynb #0fea4e6c
 def _plain_words(embeddings):
     "Each embedding is the one word of a class."
     of = torch.arange(len(embeddings), device=embeddings.device)
@@ -375,6 +378,7 @@ class Experts:
 
     def __len__(self): return len(self.default)
 
+# %% ../../nbs/frameworks/38_training_free.ipynb #73681090
 @register_framework('training_free')
 class TrainingFree(Framework):
     "CLIP alone, its last block under another attention: MaskCLIP, SCLIP, ClearCLIP, NACLIP."
@@ -585,6 +589,7 @@ class ExpertScores(CellScores):
             out = logits if out is None else torch.where(claimed, logits, out)
         return out
 
+# %% ../../nbs/frameworks/38_training_free.ipynb #71dc0a8e
 def expert_templates(
     framework:TrainingFree, # `TrainingFree`
     images:Iterable[torch.Tensor], # Batches (B,3,H,W) of images without labels

@@ -49,6 +49,7 @@ def _product(up, down):
     flat = up.double().flatten(1)@down.double().flatten(1)
     return flat.reshape(len(up), *down.shape[1:])
 
+# %% ../../nbs/02g_change.ipynb #30cbbcd6
 def _of_tensors(tensors, scaling):
     "(name, B A, W0 or None) of each adapter in the tensors of a file."
     for key in tensors:

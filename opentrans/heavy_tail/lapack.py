@@ -40,6 +40,7 @@ def _call(name, *arguments):
     routine = _native(name)
     routine(*addresses)
 
+# %% ../../nbs/02j_lapack.ipynb #9e772d53
 def _gram_triangle(matrix, side):
     "One triangle of the smaller Gram matrix of a matrix, as BLAS writes it into zeros."
     rows,columns = matrix.shape
@@ -94,6 +95,7 @@ def _gram_eigenvalues(m):
 _PRECISE = {(False, 'double'): torch.float64, (False, 'fast'): torch.float32, (True, 'double'): torch.complex128,
             (True, 'fast'): torch.complex64}
 
+# %% ../../nbs/02j_lapack.ipynb #17276c16
 def _by_method(mats, method, precision, floor):
     """(eigenvalues of each matrix, ascending; how they were found): `'norm'` for single rows and columns, `'gram'` or
     `'svd'`."""
@@ -172,6 +174,7 @@ def _roots_of_sides(shape):
     rows,columns = shape
     return math.sqrt(rows)+math.sqrt(columns)
 
+# %% ../../nbs/02j_lapack.ipynb #bc6c9c71
 def _noise(mats, ev, stored):
     "How far rounding may have moved the singular values of each of a stack of matrices with the eigenvalues `ev`."
     kind = torch.finfo(stored)
@@ -199,6 +202,7 @@ def _rounding_counts(ev, noise, shape):
     few = min(4, k//2)
     return np.where(largest >= few, largest, 0)
 
+# %% ../../nbs/02j_lapack.ipynb #dd5fd199
 def _settle(ev, noise, shape, eps):
     """(eigenvalues, norm of the rounding): what is rounding alone becomes zero, and all become equal if they differ
     by no more than rounding. `ev` is (matrices, eigenvalues each), ascending, of matrices of one `shape`;

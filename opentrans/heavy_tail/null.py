@@ -84,6 +84,7 @@ class Blocks:
         places = [(i, j) for i in down for j in across]
         return torch.cat([mats[:,i:i+rows,j:j+cols] for i,j in places])
 
+# %% ../../nbs/02d_null.ipynb #57e5ee29
 def as_blocks(
     aspect:float|Blocks|None, # None, a number or `Blocks`
 )->Blocks: # None if nothing is cut

@@ -75,6 +75,7 @@ def compare(self:LayerTable,
     moved = res.frozen_before != res.frozen_after
     return res.assign(moved=moved)
 
+# %% ../../nbs/02c_over_time.ipynb #fe7b8134
 @patch
 def plot_change(self:LayerTable,
     after:LayerTable, # Another `LayerTable` of the same layers
@@ -223,6 +224,7 @@ def _about(spectrum):
     row['has_evals'] = spectrum.evals is not None
     return row
 
+# %% ../../nbs/02c_over_time.ipynb #0a369e9e
 @patch
 def save(self:LayerTable,
     path:str|Path, # A .safetensors file
@@ -248,6 +250,7 @@ def _belong_together(rows, evals, drawn, tensors):
     has_others = len(evals)+len(drawn) < len(tensors)
     return not has_others and set(drawn) <= set(evals)
 
+# %% ../../nbs/02c_over_time.ipynb #bb25f711
 @patch(cls_method=True)
 def load(cls:LayerTable,
     path:str|Path, # What `save` wrote
@@ -284,6 +287,7 @@ def _is_shape(shape, smallest):
     "Can a tensor have a shape, with no side below the smallest?"
     return bool(shape) and min(shape) >= smallest and math.prod(shape) <= 2**62
 
+# %% ../../nbs/02c_over_time.ipynb #69010662
 def _checked_row(row, name, has_evals, path):
     "What was saved of a spectrum, as the arguments of `Spectrum`. Raises `DamagedFile`."
     row = dict(row)

@@ -165,6 +165,7 @@ class PowerLawFit:
         rows = {name: _compared(self, name) for name in alternatives}
         return pd.DataFrame.from_dict(rows, orient='index')
 
+# %% ../../nbs/02_heavy_tail.ipynb #bf865429
 def _no_fit(reason, n=0, method='', evals=None):
     "The `PowerLawFit` of a sample of `n` values to which none can be made."
     nan = math.nan
@@ -256,6 +257,7 @@ def _sample(evals):
     flat = x.astype(float).ravel()
     return np.sort(flat)
 
+# %% ../../nbs/02_heavy_tail.ipynb #310b5891
 def _no_tail(x):
     "Why no tail can be fitted to a positive ascending sample; empty if one can."
     if x.size < 4:
@@ -295,6 +297,7 @@ def _no_spectrum(x):
         return 'the sample holds negative numbers, so it is no spectrum'
     return ''
 
+# %% ../../nbs/02_heavy_tail.ipynb #7185dc9e
 def _fit_searched(x, rule, bins):
     "The fit to a positive ascending sample whose xmin a rule finds."
     t = _Tails(x)
@@ -394,6 +397,7 @@ def _log_z_cutoff(a, b):
     terms = np.exp(g-g.max())*weights
     return g.max() + math.log(terms.sum()*top/2)
 
+# %% ../../nbs/02_heavy_tail.ipynb #a8bc3e48
 def _in_usual_notation(alternative, xmin, p, q):
     "The parameters of a law exp(-p y - q y^2), or exp(-p y - q e^y), by their names in the literature."
     if alternative != 'lognormal': return {'alpha': 1+p, 'lambda': q/xmin}
@@ -506,6 +510,7 @@ def _dense(w):
     plain = w.as_subclass(torch.Tensor)
     return plain.resolve_conj()
 
+# %% ../../nbs/02_heavy_tail.ipynb #9e382fc6
 def _check_numbers(w):
     "Raise `_Unread` for a dense tensor whose entries are not the numbers of a matrix. Complex ones are."
     if w.dtype == torch.bool: raise _Unread('the weight holds truth values, no numbers')

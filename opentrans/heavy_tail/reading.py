@@ -62,6 +62,7 @@ def _parametrised(at, tensors):
     if original is not None and u is not None: return _by_sigma(original, u)
     raise _Unread('the weight is parametrised, and a state dict does not say how: give the model')
 
+# %% ../../nbs/02h_reading.ipynb #da5bdc62
 def _is_many_scales(name, value):
     "Is this a tensor of several scales, by its name?"
     return 'scale' in name and isinstance(value, torch.Tensor) and value.numel() > 1
@@ -97,6 +98,7 @@ def _state_weight(key, tensors):
     if w.dtype.itemsize == 1: beside = {n: t for n,t in tensors.items() if n.rpartition('.')[0] == path}
     return key,_attempt(_check_scales, w, beside)
 
+# %% ../../nbs/02h_reading.ipynb #a339e047
 def _kind(name, axes):
     "What kind of layer a weight of so many axes is, by its name."
     path,_,leaf = name.rpartition('.')
@@ -137,6 +139,7 @@ _EMBEDDING = re.compile(
     r'(^|\.)(wte|wpe|tok_embeddings|shared|\w*embed(s|ding|dings|_tokens|_positions)?|\w*_embeddings?)\.(weight|[\w.]*_embeddings?\.weight)$')
 _ENDINGS = ('.safetensors', '.pth', '.pt', '.bin')
 
+# %% ../../nbs/02h_reading.ipynb #6795a801
 class WeightFiles:
     """The tensors of a file or of a folder of shards, read when they are asked for. No code in them is run. Raises
     `OpenTransError`."""
@@ -223,6 +226,7 @@ class WeightFiles:
             f"WeightFiles: {len(self.where)} tensors in {len(self.files)} file{ending} "
             f"of '{self.path}'")
 
+# %% ../../nbs/02h_reading.ipynb #9dc14576
 def _place_in_memory(t):
     "Where the numbers of a tensor are; None if it has none."
     if not t.numel() or t.is_meta: return None
@@ -267,6 +271,7 @@ def _skipped(model, skip):
     if skip is None: return head_of(model) if isinstance(model, nn.Module) else head_modules()
     return (skip,) if isinstance(skip, str) else tuple(skip)
 
+# %% ../../nbs/02h_reading.ipynb #e67853b1
 def _module_weights(model, embeddings, split_groups, skip):
     "What `_named_weights` gives, of a module."
     res = []
@@ -307,6 +312,7 @@ def _not_read_of_module(model, left_out, why):
     for name,other in unread(model).items(): res[name] = why if inside(name, left_out) else other
     return res
 
+# %% ../../nbs/02h_reading.ipynb #0342b77b
 def _is_wide(value):
     "Is this a tensor of numbers that are no codes, with two axes or more?"
     if not isinstance(value, torch.Tensor) or is_lazy(value) or value.ndim < 2: return False

@@ -42,6 +42,7 @@ def _bounds(estimates):
     twice = 2*estimates.sigma
     return estimates.alpha-twice,estimates.alpha+twice
 
+# %% ../../nbs/02f_robust.ipynb #6f74c253
 def _agreeing(estimates):
     "(ratio of the numbers k, first, last) of the widest range of estimates that agree; (0, 0, 0) if none do."
     k = estimates.k.to_numpy()
@@ -111,6 +112,7 @@ def _draw_hill(e, fit, ax):
     ax.set(xlabel='k, eigenvalues in the tail', ylabel='$\\alpha$')
     ax.legend(fontsize=9, frameon=False)
 
+# %% ../../nbs/02f_robust.ipynb #3a66e936
 @patch
 def plot_hill(self:LayerTable,
     name:str, # Name of a layer
@@ -203,6 +205,7 @@ def rules(self:LayerTable,
     res.attrs['agreement'] = pd.DataFrame(values).corr('spearman')
     return res
 
+# %% ../../nbs/02f_robust.ipynb #92d42d82
 @patch
 def select_agreed(self:LayerTable,
     freeze:float=.5, # Share of the layers that each rule would freeze

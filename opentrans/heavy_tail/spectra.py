@@ -188,6 +188,7 @@ def _operations(part):
     _,first = part[0]
     return matrix_count*min(first.shape[1:])**3
 
+# %% ../../nbs/02a_spectra.ipynb #fd864e39
 def _parts(jobs, size):
     """Jobs (key, stack of matrices) in parts of one shape, each of at most `size` numbers or a single job; the longest
     work first."""
@@ -218,6 +219,7 @@ def _threads(asked):
     if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
+# %% ../../nbs/02a_spectra.ipynb #a20c133d
 def _solve(jobs, *options, size=None, threads=1):
     """Eigenvalues of many stacks of matrices; those of one shape are solved together, at most `size` numbers at a
     time, and on CPUs several parts at once, each by one thread. The options are those of `_eigenvalues`."""
@@ -274,6 +276,7 @@ def _coarseness(dtype):
     "The share of itself by which a type rounds a number; 0 for types that do not round."
     return torch.finfo(dtype).eps if dtype.is_floating_point else 0.
 
+# %% ../../nbs/02a_spectra.ipynb #dea25f4d
 def _read_base(s, w, before):
     "The weight of the same name before a change, and its type. Raises `_Unread`."
     if s.name not in before: raise _Unread('the base has no layer of this name')
@@ -298,6 +301,7 @@ def _blocks_of(mats, blocks):
     "Matrices cut into `Blocks`; as they are for None."
     return mats if blocks is None else blocks.cut(mats)
 
+# %% ../../nbs/02a_spectra.ipynb #66867c2b
 class _Work:
     """Layers on their way to spectra: they are solved many at a time, those of one shape together, and then
     forgotten."""
@@ -336,6 +340,7 @@ class _Work:
         self.waiting = []
         self.numbers = 0
 
+# %% ../../nbs/02a_spectra.ipynb #e8525d9e
 def spectra(
     # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
     model:nn.Module|Mapping[str, torch.Tensor]|WeightFiles,

@@ -54,6 +54,7 @@ def _sigmoid(scores, blocks, slope):
     values = 2/(1+np.exp(exponent))
     return values.to_numpy()
 
+# %% ../../nbs/02e_alpha_to_everything.ipynb #df703f91
 def _checked_scores(scores):
     "Scores as an array. Raises `OpenTransError` for what is no list of finite numbers."
     scores = np.asarray(scores, dtype=float)
@@ -167,6 +168,7 @@ class LayerValues(dict):
         ax.legend(fontsize=9, frameon=False)
         return ax
 
+# %% ../../nbs/02e_alpha_to_everything.ipynb #40793c35
 def _biases(module):
     "The biases of a module itself, not of those inside it."
     found = []
@@ -212,6 +214,7 @@ def scores(self:LayerTable,
     blocks = [block_of(name) for name in found.index]
     return found.groupby(blocks).transform('mean')
 
+# %% ../../nbs/02e_alpha_to_everything.ipynb #0159f5c7
 def _values(table, what, base, spread, by, how, per, slope):
     "The `LayerValues` of `lr_groups` and `decay_groups`."
     check_number('base', base, 0, 1e9)

@@ -46,6 +46,7 @@ def _about_layer(s):
     about |= dict(n_evals=s.evals.size, log_norm=math.log10(total))
     return about | dict(spectral_norm=largest, stable_rank=total/largest)
 
+# %% ../../nbs/02b_layers.ipynb #f5f7b139
 class _LayerFits:
     "The spectra of layers, the power laws fitted to them, and the numbers of both: a row a layer."
     def __init__(self,
@@ -361,6 +362,7 @@ def _draw_fit(f, high, ax):
     beginning = for_plot(f'xmin ({f.method})')
     ax.axvline(f.xmin, color=_RED, ls=':', lw=1.2, label=beginning)
 
+# %% ../../nbs/02b_layers.ipynb #ac669d2a
 def _draw_esd(s, f, ax):
     "Draw a `Spectrum` and a fit of it."
     ax.set_title(for_plot(s.name), fontsize=9)
@@ -508,6 +510,7 @@ def _mark_layers(a, has_fits, ax):
     heights = np.full(is_lost.sum(), height)
     ax.plot(x[is_lost], heights, 'x', color='0.4', label='no fit')
 
+# %% ../../nbs/02b_layers.ipynb #c27a3331
 def _draw_alphas(table, ax, selection):
     "Draw alpha of each layer of a table."
     a = table.frame.alpha.to_numpy()
@@ -561,6 +564,7 @@ def _choice_labels(rules, grid):
         labels.append(for_plot(label))
     return labels
 
+# %% ../../nbs/02b_layers.ipynb #5fa6a8a2
 def plot_choices(
     tables:dict[str, LayerTable|LayerSelection], # By name, of the same layers
     ax:'Axes|None'=None, # Axes to draw on

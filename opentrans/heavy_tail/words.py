@@ -98,6 +98,7 @@ def _of_shapes(table):
         f"Layers are from {min(aspects):.3g} to {max(aspects):.3g} times as long as wide, which moves alpha by itself: "
         f"null='gaussian' or aspect=1 takes that out.")
 
+# %% ../../nbs/02i_words.ipynb #ede3b944
 def _of_alphas(table):
     "What the alphas of a table, or their distances from chance, say."
     if table.null is not None: return _by_null(table)
@@ -130,6 +131,7 @@ def _of_unread(table):
     are = 'weight is' if len(unread) == 1 else 'weights are'
     return f"{len(unread)} more {are} not read: {name_some(unread, 2)}."
 
+# %% ../../nbs/02i_words.ipynb #32871463
 @patch
 def words(self:LayerTable)->str: # A few sentences
     "What the alphas say of a model, and what they cannot say."

@@ -143,6 +143,7 @@ def _part(layer):
     if end.endswith(']'): return 'qkv'.index(end[-2])
     return 'qkv'.index(end[0])
 
+# %% ../../nbs/01h_calibration.ipynb #7b9c9370
 def _watched(model, found):
     """What is to be watched: module -> its layers, and attention -> its layers by the part that they see, as `_part`
     counts them."""
@@ -160,6 +161,7 @@ def _watched(model, found):
             else: plain.setdefault(module, []).append(layer)
     return plain,attentions
 
+# %% ../../nbs/01h_calibration.ipynb #b0a8fdf2
 class _Watch:
     "Hooks that tell `see(layers that share this input, input)`."
     def __init__(self, model, found, see):
@@ -197,6 +199,7 @@ class _Watch:
     def remove(self):
         for handle in self.handles: handle.remove()
 
+# %% ../../nbs/01h_calibration.ipynb #6c976196
 @contextlib.contextmanager
 def watching(
     model:nn.Module, # Any model
@@ -256,6 +259,7 @@ def go_over(
     if not seen: raise OpenTransError("There are no images to look at: the batches are empty.")
     return seen
 
+# %% ../../nbs/01h_calibration.ipynb #84fad513
 def sums_of_inputs(
     model:nn.Module, # Any model
     found:Sequence[Layer], # `Layer`s of it

@@ -75,6 +75,7 @@ def erdos_renyi_kernel(model:nn.Module, found:Sequence[Layer], density:float,
     sizes = _sizes(found)
     return fit_densities(shares, sizes, density)
 
+# %% ../../nbs/01i_densities.ipynb #a73d9318
 def _global_by(scores, density):
     "The densities that layers have when all their weights compete."
     total = sum(score.numel() for score in scores.values())

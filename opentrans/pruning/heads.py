@@ -42,6 +42,7 @@ def _of_torch(name, m):
     names = (*packed, f'{name}.out_proj.weight')
     return _Attention(m, name, m.in_proj_weight, m.in_proj_bias, m.out_proj, names)
 
+# %% ../../nbs/01p_heads.ipynb #f805e07b
 def _of_timm(name, m):
     "timm's `Attention`: what it has besides must work on each head alone, or be nothing."
     known = all(hasattr(m, part) for part in ('qkv', 'proj', 'num_heads', 'head_dim', 'attn_dim'))
@@ -71,6 +72,7 @@ def _chosen(param, at):
     values = param.detach()[at].clone()
     return nn.Parameter(values, param.requires_grad)
 
+# %% ../../nbs/01p_heads.ipynb #b7e2ffb6
 class FewerHeads(nn.Module):
     "What an `nn.MultiheadAttention` computes, with some of its heads. It gives no weights of attention."
     def __init__(self,
@@ -154,6 +156,7 @@ def _add_to_bias(layer, added):
     bias = added if layer.bias is None else layer.bias.detach() + added
     layer.bias = nn.Parameter(bias, layer.weight.requires_grad)
 
+# %% ../../nbs/01p_heads.ipynb #511c6bc5
 def _dead_heads(attention):
     "Which heads change nothing; what those add that are constant goes into the bias of the output."
     size = attention.size

@@ -488,6 +488,7 @@ def _logs_above_zero(parts):
     some = values[values > 0]
     return some.log10().numpy()
 
+# %% ../../nbs/01_pruning.ipynb #deb81926
 class _MaskPictures(_MaskFiles):
     "What a mask looks like."
     def plot(self,

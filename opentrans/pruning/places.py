@@ -47,6 +47,7 @@ def _candidates(model, kinds=LAYER_KINDS, skip_first=True, skip=None, only=('*',
     free = [layer for layer in chosen if layer.name not in whys]
     return free,whys
 
+# %% ../../nbs/01b_places.ipynb #d7fbe804
 def prunable(
     model:nn.Module, # Any model; names are read in its tower
     kinds:Collection[str]=LAYER_KINDS, # Kinds of layer, as `layers` calls them
@@ -91,6 +92,7 @@ def _computed_in(module):
             if layer.computed: computed[layer.key] = layer
     return computed
 
+# %% ../../nbs/01b_places.ipynb #5f64f5a6
 def _match_in(module, keys, strict):
     """Find the layers of a mask in a module: key -> (tensor, rows or None), and key -> reason of those that cannot
     be masked."""

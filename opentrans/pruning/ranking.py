@@ -133,6 +133,7 @@ def _shares_of(density, names):
     raise OpenTransError(f"The densities name no share for {len(lacking)} layers: {first}. "
                          "Give one for each layer that is pruned.")
 
+# %% ../../nbs/01a_ranking.ipynb #440ee690
 def _counts(sizes, shares, keep=None, most=None):
     """Layer -> how many weights it keeps: its share, rounded to at least one and at most `most[name]`, so that all
     layers together keep `keep`, or their shares if that is None."""
@@ -166,6 +167,7 @@ def _keep_each(scores, counts, alive=None):
         thresholds.append(threshold)
     return masks,max(thresholds)
 
+# %% ../../nbs/01a_ranking.ipynb #040d2975
 def _magnitude(weight):
     "|w| of each weight, in float32 for types of one byte, which torch has no `abs` for."
     weight = weight.detach()

@@ -54,6 +54,7 @@ def _chains_of(model):
         if is_chain and len(module) > 1: chains.append([*module])
     return chains
 
+# %% ../../nbs/01k_reconstruction.ipynb #0482e203
 class BlockMemory:
     "Outputs of blocks whose layers are all pruned, kept from pass to pass."
     def __init__(self,
@@ -201,6 +202,7 @@ def _swapped(found, tensors):
     finally:
         for key,p in params.items(): p.data = own[key]
 
+# %% ../../nbs/01k_reconstruction.ipynb #6e5fba18
 def _sums_of(model, group, batches, memory, dense=None):
     """The sums over the inputs of layers that share them, in one pass that ends where they have run. With `dense`,
     a function whose block puts the dense weights in place, each batch runs through both networks."""
@@ -240,6 +242,7 @@ def _finite_sums(model, group, batches, memory, dense=None):
     raise OpenTransError(
         f"The inputs of {layers[0].name} are not finite. Are the model's weights and the images numbers?")
 
+# %% ../../nbs/01k_reconstruction.ipynb #cbb766e1
 def _by_kernel(layer, columns):
     "Columns of a layer with its inputs side by side and the kernel outside, as N:M counts them."
     inputs = layer.outputs_first(layer.weight).shape[1]
@@ -279,6 +282,7 @@ def _prune_layer(layer, inputs, cross, budget, solve, kept):
 def _restore(found, before):
     for layer in found: layer.param.copy_(before[layer.key])
 
+# %% ../../nbs/01k_reconstruction.ipynb #f863c9d6
 def _budgets(found, density, scope, densities, method):
     "Layer -> `Budget`."
     own = scope
@@ -313,6 +317,7 @@ def _told_of(densities, target):
     if isinstance(densities, str): told['densities'] = densities
     return told
 
+# %% ../../nbs/01k_reconstruction.ipynb #de503ead
 def _prune_group(group, sums, damping, budgets, solve, mask):
     "Prune layers that share their inputs: name -> what it keeps, and name -> what is told of it."
     layers,_ = group
@@ -326,6 +331,7 @@ def _prune_group(group, sums, damping, budgets, solve, mask):
         rows[layer.name] = dict(row, rows=sums.count)
     return masks,rows
 
+# %% ../../nbs/01k_reconstruction.ipynb #41912946
 @delegates(prunable)
 def reconstruct(
     model:nn.Module, # Any model that is run as `model(images)`; its weights are changed in place

@@ -44,6 +44,7 @@ def _summed_gradients(found, model, losses):
         for name in batch: gradients[name] = gradients[name] + batch[name]
     return gradients
 
+# %% ../../nbs/01l_regrowth.ipynb #c4eb953e
 @criterion('regrow')
 def regrow(
     model:nn.Module, # A model whose dropped weights are zero

@@ -299,6 +299,7 @@ def _chooser(score, model, plan, losses=None, shares=None, prices=None, **kwargs
         return _keep_each(scores, counts, alive)
     return choose
 
+# %% ../../nbs/01e_imp.ipynb #c7f34331
 def _one_round(run, model, mask, r, train, choose, seed, checkpoint_every):
     """Lines 3 and 4 of Algorithm 1: train under the mask, then drop the lowest scores of the remaining weights. Gives
     the next mask, and a row of the history."""
@@ -325,6 +326,7 @@ def _origin_of(run, model, **kwargs):
     origin = dict(method='imp', backbone=type(tower).__name__, weights=run.digest, torch=torch.__version__)
     return {**origin, **run.here(), **_dense_info(model, **kwargs)}
 
+# %% ../../nbs/01e_imp.ipynb #c04bacb1
 @delegates(prunable)
 def imp(
     model:nn.Module, # A tower, or anything that holds one; it is left with the last round's weights, masked

@@ -49,6 +49,7 @@ def _of_bottleneck(name, block):
         names = (f'{name}.conv{i + 1}', f'{name}.conv{i + 2}')
         yield _Inner(parts[i], norms[i], acts[i], parts[i + 1], names)
 
+# %% ../../nbs/01n_slim.ipynb #593a6951
 def _of_mlp(name, block):
     "The hidden side of an MLP: open_clip's `c_fc` and `c_proj`, timm's `fc1` and `fc2`."
     for first,second,act in (('c_fc', 'c_proj', 'gelu'), ('fc1', 'fc2', 'act')):
@@ -108,6 +109,7 @@ def _cut(side, keep):
     _tell_width(side.maker, ('out_channels', 'out_features'), width)
     _tell_width(side.reader, ('in_channels', 'in_features'), width)
 
+# %% ../../nbs/01n_slim.ipynb #d2db8269
 @torch.no_grad()
 def _slim_side(side):
     "Cut what nobody misses."

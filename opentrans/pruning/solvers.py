@@ -45,6 +45,7 @@ def keep_largest_in_rows(
     is_kept = rank >= first[:, None]
     return is_kept.view(scores.shape)
 
+# %% ../../nbs/01j_solvers.ipynb #f2e977f2
 @dataclass(frozen=True)
 class Budget:
     "How many weights of a layer stay, and among which they are chosen. Raises `OpenTransError`."
@@ -179,6 +180,7 @@ class Inputs:
         rows = self.gram[:, order]
         return Inputs(rows[:, :, order], self.damping)
 
+# %% ../../nbs/01j_solvers.ipynb #ea3ec0de
 def output_error(
     weights:torch.Tensor, # (groups, outputs, D)
     new:torch.Tensor, # The same, pruned
@@ -277,6 +279,7 @@ def _columns_leave(block, factor, kept, choose=None, every=0):
         errors[..., i] = error
     return new,errors
 
+# %% ../../nbs/01j_solvers.ipynb #b9b8021c
 @solver('sparsegpt')
 @torch.no_grad()
 def sparsegpt(
@@ -357,6 +360,7 @@ def _scale_of(inputs, weights):
     scale = inputs.scale.to(weights)
     return scale.float()[:, :, None]
 
+# %% ../../nbs/01j_solvers.ipynb #630efaec
 def _conjugate_gradients(A, right, x, kept, iterations):
     "Steps towards A x = right on a support, for all columns together (Meng et al. 2024, Sec. 3.3)."
     rest = (right - A @ x)*kept
@@ -408,6 +412,7 @@ def _sparse(x, budget):
     "Which weights of a matrix with outputs as columns the budget keeps by their squares."
     return budget.keep(x.mT.square()).mT
 
+# %% ../../nbs/01j_solvers.ipynb #f745987b
 def _admm(dense, inputs, budget, rho, iterations, every, least):
     """Weights that ADMM draws to an exact support (Meng et al. 2024, Algorithm 1). Outputs are columns, and inputs
     have unit size."""
@@ -446,6 +451,7 @@ def _admm(dense, inputs, budget, rho, iterations, every, least):
         if i >= least and change/total < .0003: break
     return free
 
+# %% ../../nbs/01j_solvers.ipynb #3e02f708
 @solver('alps')
 @torch.no_grad()
 def alps(

@@ -32,6 +32,7 @@ def _is_map(x):
     if not isinstance(x, torch.Tensor) or x.ndim != 4: return False
     return x.dtype == torch.float32 and x.device.type == 'cpu'
 
+# %% ../../nbs/07_sparse.ipynb #bab35e2b
 class NativeRegion(nn.Module):
     "A region of a traced model: on the engine where it can, on torch where it cannot."
     def __init__(self,
@@ -195,6 +196,7 @@ def _try(module, model):
     try: return capture(model), ''
     except OpenTransError as error: return None, str(error)
 
+# %% ../../nbs/07_sparse.ipynb #645af716
 def _bare(module):
     """What is traced: the module; of a convolution a twin with the same parameters, which still calls torch when
     the original calls the engine."""
@@ -275,6 +277,7 @@ def supported(
         rows[name] = dict(kind=type(module).__name__, engine=not why, why=why)
     return pd.DataFrame.from_dict(rows, orient='index', columns=['kind', 'engine', 'why']).rename_axis('layer')
 
+# %% ../../nbs/07_sparse.ipynb #8850aaaa
 def _mark(rows, module, start, captured, why):
     "Note what the capture of a part says of its layers."
     for name in rows:

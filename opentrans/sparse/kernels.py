@@ -212,6 +212,7 @@ def _arguments(w):
     numbers = {name: w.field(name) for name in names}
     return pointers | lists | numbers | limits
 
+# %% ../../nbs/07c_kernels.ipynb #21bf8549
 def _sparse(w, vectors):
     "Blocks of pixels; groups of input channels; output channels; weights."
     build = w.build
@@ -250,6 +251,7 @@ def _sparse(w, vectors):
     pixels = w.number(vectors*w.width)
     w.loop(a['begin'], a['end'], pixels, [], block)
 
+# %% ../../nbs/07c_kernels.ipynb #2973deff
 def _dense(w, rows_at_once, vectors):
     "Blocks of pixels; bundles of output channels; the weights that some channel of the bundle has."
     build = w.build
@@ -321,6 +323,7 @@ def _store_row(w, value, into, column, width):
     value = w.build.select(inside, value, w.zero())
     w.store(value, w.at(into, column))
 
+# %% ../../nbs/07c_kernels.ipynb #297f2f6f
 def _pool(w, side, stride, kind):
     "Channels, rows, and vectors of columns; the window is written out."
     build = w.build
@@ -361,6 +364,7 @@ def _begin_of_plane(w, table, plane, axis):
     pair = w.build.shl(plane, w.number(1))
     return w.index(table, w.build.add(pair, w.number(axis)))
 
+# %% ../../nbs/07c_kernels.ipynb #67860657
 def _planes(w, stride):
     "Channels, planes, rows, and vectors of columns. The table holds row and column at which each plane begins."
     build = w.build
@@ -421,6 +425,7 @@ def _open(w, come, gate, now):
     opened = w.build.add(now, w.number(1))
     w.build.store_atomic(opened, gate, 'release', 8)
 
+# %% ../../nbs/07c_kernels.ipynb #1b835af5
 def _wait(w):
     """`table`: the address of two numbers, who has come and how often the gate was opened. `count`: how many must
     come."""

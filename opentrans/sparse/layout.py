@@ -43,6 +43,7 @@ class Taps:
         right = high(self.right)
         return up, down, left, right
 
+# %% ../../nbs/07d2_layout.ipynb #039c7f6f
 def _taps(conv, height, width):
     "The places of a kernel on images of a size, and the planes that it needs."
     kernel_rows, kernel_columns = conv.weight.shape[2:]
@@ -100,6 +101,7 @@ class Layout:
         lines = -(-size//16)
         return 16*(lines + (lines + 1) % 2)
 
+# %% ../../nbs/07d2_layout.ipynb #d213b54f
 class _Classes:
     "Values that must share a layout."
     def __init__(self): self.parent = {}
@@ -155,6 +157,7 @@ class Chosen:
 
 _AT_ONCE = 256 # output channels whose weights are looked through together
 
+# %% ../../nbs/07d2_layout.ipynb #e986b242
 def _entries(conv, taps, stride, row, planes, channels):
     """The weights of some output channels, one channel after the other: which of these channels, the input channel,
     where it reads, and the weight."""
@@ -197,6 +200,7 @@ def _bundles(conv, there, cost, dense):
     bundles = np.array(bundles, np.int32)
     return bundles.reshape(-1, BUNDLE), np.array(single, np.int32)
 
+# %% ../../nbs/07d2_layout.ipynb #9fe68eee
 def _choose(conv, taps, planes, source, row, pixels, machine, dense='measured'):
     "Which output channels are computed one by one, and which in bundles."
     weight = conv.weight
@@ -240,6 +244,7 @@ def _sparse_arrays(chosen, stride, row, planes):
     pairs[:-1, 1] = sorted_weight.view(np.int32)
     return dict(rows=rows.astype(np.int32), entries=pairs, channels=chosen.sparse)
 
+# %% ../../nbs/07d2_layout.ipynb #c23a9e36
 def _dense_arrays(chosen, stride, row, planes):
     "Rows, entries, weights and channels for the dense kernel."
     conv, taps = chosen.conv, chosen.taps

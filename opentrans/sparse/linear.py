@@ -31,6 +31,7 @@ def why_no_linear(
     share = kept/max(1, weight.numel())
     return f'keeps {share:.0%} of its weights: dense is as fast' if share > WORTH else ''
 
+# %% ../../nbs/07f_linear.ipynb #6dd83c24
 class NativeLinear:
     """What a linear layer does, on the engine; on torch for inputs that it cannot take. It takes the place of the
     layer's `forward`."""

@@ -52,6 +52,7 @@ class Machine:
         "The most vectors in a block of pixels: 128 numbers, if the registers hold them and some more."
         return max(1, min(128//self.width, self.registers - 4))
 
+# %% ../../nbs/07b_machine.ipynb #cb2b709b
 @functools.lru_cache(None)
 def _host():
     if not has_llvm():
@@ -91,6 +92,7 @@ def _own(path):
     if stat.S_ISLNK(state.st_mode) or others_write: return False
     return state.st_uid == os.getuid()
 
+# %% ../../nbs/07b_machine.ipynb #a4abc8bd
 class KernelCache:
     "Object code by key. What cannot be read, or is not the user's own, is not there."
     def __init__(self,
@@ -169,6 +171,7 @@ def _translate(text, machine, cache):
     engine.finalize_object()
     return engine
 
+# %% ../../nbs/07b_machine.ipynb #8e358e5c
 def native_functions(
     texts:dict, # Name of a function -> the program that holds it, as LLVM's intermediate text
     machine:Machine=None, # None: the host

@@ -43,6 +43,7 @@ class _Memory:
         return base
     def give(self, value): self._same_shape(value).append(value.base)
 
+# %% ../../nbs/07e_plan.ipynb #ef151fb5
 class Plan:
     "A region for images of one size: memory, and a program for each thread."
     def __init__(self,
@@ -497,6 +498,7 @@ class Plan:
         bundles."""
         return pd.DataFrame(self.rows)
 
+# %% ../../nbs/07e_plan.ipynb #87c2ff24
 _TURN = threading.Lock()
 
 @functools.lru_cache(None)

@@ -64,6 +64,7 @@ class Conv:
         columns = (width + left + right - wide)//right_by + 1
         return rows, columns
 
+# %% ../../nbs/07d_regions.ipynb #3754af82
 @dataclass
 class Pool:
     "The largest or the mean of square windows."
@@ -125,6 +126,7 @@ def _why_no_norm(layer):
     if mean is None: return 'keeps no running statistics'
     return '' if _float(mean) and _float(layer.weight) else f'holds {mean.dtype}'
 
+# %% ../../nbs/07d_regions.ipynb #9d05b4f3
 def _why_no_pool(kind, kernel, stride, padding, dilation=1, ceil=False, counts=True, divisor=None, indices=False):
     strides = _pair(stride or kernel)
     for rows, columns in (_pair(kernel), strides, _pair(padding)):
@@ -158,6 +160,7 @@ def _why_not_module(layer):
     if kind in (nn.MaxPool2d, nn.AvgPool2d): return _why_no_pool(*_pool_of(layer))
     return '' if kind in _CLAMPS or kind in _SAME else f'is a {kind.__name__}'
 
+# %% ../../nbs/07d_regions.ipynb #10d769b3
 def _writes_in_place(node, layer):
     "Does a node overwrite what it reads?"
     if node.op == 'call_module': return bool(getattr(layer, 'inplace', False))
@@ -189,6 +192,7 @@ def _is_call(node, functions, methods):
     if node.op == 'call_function': return node.target in functions
     return node.op == 'call_method' and node.target in methods
 
+# %% ../../nbs/07d_regions.ipynb #5595431c
 def why_not(
     node:fx.Node, # Of a traced model
     modules:dict, # Name -> module
@@ -227,6 +231,7 @@ def norm_as_line(
     if bias is not None: shift = shift + bias.detach().double()
     return scale.numpy(), shift.numpy()
 
+# %% ../../nbs/07d_regions.ipynb #d729a329
 class _Folder:
     "Turns a graph of understood nodes into a `Region`."
     def __init__(self, graph):
@@ -367,6 +372,7 @@ class _Folder:
         steps = list(self.steps.values())
         return Region(inputs, outputs, steps, single, self.positive)
 
+# %% ../../nbs/07d_regions.ipynb #82847d6e
 def fold(
     graph:fx.GraphModule, # All of its nodes are understood
 )->Region:
@@ -403,6 +409,7 @@ def _reasons(modules, whys):
             else: own[name] = why
     return own | inner
 
+# %% ../../nbs/07d_regions.ipynb #088aa6fa
 def _first_words(error):
     "The first line of what an error says, or its kind if it says nothing."
     lines = str(error).splitlines()

@@ -122,6 +122,7 @@ def _told(times, promised):
         row['rounds'] = len(times)
         yield row
 
+# %% ../../nbs/07h_speed.ipynb #d8869bca
 def _difference(ours, theirs):
     pairs = zip(map(torch.as_tensor, ours), map(torch.as_tensor, theirs))
     return max(relative_difference(own, other) for own, other in pairs)
@@ -229,6 +230,7 @@ def _milliseconds_by_name(plan, seconds):
     steps = pd.Series(times, [name for name, _ in parts])
     return steps.groupby(level=0).sum()
 
+# %% ../../nbs/07h_speed.ipynb #9098b127
 @torch.no_grad()
 def layer_times(
     model:nn.Module, # In eval mode, as for `compile`

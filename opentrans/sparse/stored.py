@@ -183,6 +183,7 @@ def _needed(steps):
         names += [f'{norm}.running_mean' for norm in step['norms']]
     return names
 
+# %% ../../nbs/07g_stored.ipynb #a2aff15c
 def describe(
     model:nn.Module, # Any model; it is not changed
 )->dict: # Plain values for the file; None if a part of the model runs on torch
@@ -260,6 +261,7 @@ def _line_of(step, tensors):
             shift = shift*factor + more
     return scale, shift
 
+# %% ../../nbs/07g_stored.ipynb #7fa64ecb
 def _weight_as_stored(layer, tensors, shapes):
     "The shape of a layer's weight, its values, the bits of their places, and the bias. Raises `ValueError`."
     name = f'{layer}.weight'
@@ -293,6 +295,7 @@ def _convolution(step, tensors, shapes):
     if bias is not None: bias = bias.astype(np.float32)
     return _conv_of(step, weight, bias)
 
+# %% ../../nbs/07g_stored.ipynb #5fb29a12
 def _conv_of(step, weight, bias):
     x, y = step['x'], step['y']
     stride = tuple(step['stride'])

@@ -289,6 +289,7 @@ def _count_panoptic(framework, data, batch, text, metric, looks):
 
 _KINDS = ['semantic', 'panoptic', 'masks']
 
+# %% ../../nbs/training/42_evaluate.ipynb #4feb2cfc
 def _metrics(framework, data, names, kind, looks):
     """The metric of every evaluation, and the second one of a kind, or None. Raises `OpenTransError` where they
     cannot be had."""
@@ -343,6 +344,7 @@ def _check_weights(framework, text):
     embeddings = {key: value for key,value in held.items() if isinstance(value, torch.Tensor)}
     check_finite(embeddings, 'the text embeddings', 'No score is given. Are the weights of the text encoder whole?')
 
+# %% ../../nbs/training/42_evaluate.ipynb #bf47ecf1
 @contextlib.contextmanager
 def _refuse_nan(framework, text):
     """Raises `OpenTransError` for weights and text embeddings that are not finite. Yields a function that raises it
@@ -462,6 +464,7 @@ def _check_images(data, words, names, total):
         name = getattr(data, 'name', '')
         raise OpenTransError(f"The data set {name!r} has no images to evaluate. Check its root, split and limit.")
 
+# %% ../../nbs/training/42_evaluate.ipynb #d9668709
 def evaluate(
     framework:Framework, # A `Framework`; its mode is put back afterwards
     data:Samples, # Data set: anything with `vocabulary`, `ignore` and samples
@@ -580,6 +583,7 @@ def _row_of(result):
         if cost is not None: row[f'{name}_M'] = cost/1e6
     return row
 
+# %% ../../nbs/training/42_evaluate.ipynb #250f26dd
 def compare_runs(
     runs:dict[str, Any]|Sequence[dict[str, Any]|str|Path], # Results, folders or JSON files; or a dict of them by name
     # One row a run: framework, data, miou, groups, pq, density, frozen layers, parameters and multiply-accumulates

@@ -154,6 +154,7 @@ def _recipe_settings(recipe):
         settings[f'recipe.{name}'] = list(value) if isinstance(value, tuple) else value
     return settings
 
+# %% ../../nbs/training/41_finetune.ipynb #68877c9b
 def _weights_at_zero(framework):
     "How many weights of the backbone's layers are zero."
     zeros = 0
@@ -199,6 +200,7 @@ def _history_bits(rows, columns):
     table = torch.tensor(values, dtype=torch.float64)
     return table.reshape(len(rows), len(columns)).view(torch.int64)
 
+# %% ../../nbs/training/41_finetune.ipynb #4970ff7e
 class _CheckpointFile:
     "The file of a run, and the settings that it was begun with."
     def __init__(self,
@@ -390,6 +392,7 @@ def _check_data(framework, data):
             f"The framework was built for {len(built)} classes and the data has {len(there)} (e.g. {listed}), or in "
             f"another order. Build it with vocabulary=data.vocabulary; other names are for evaluate and predict.")
 
+# %% ../../nbs/training/41_finetune.ipynb #a6e314ef
 class _History:
     "Rows of numbers, one an iteration, and the same as `history.csv`."
     def __init__(self, rows, folder=None):
@@ -460,6 +463,7 @@ def _end_as_asked(run, request):
     if request == signal.SIGINT: raise KeyboardInterrupt(why)
     raise Interrupted(why, 128+request)
 
+# %% ../../nbs/training/41_finetune.ipynb #ce0a2cec
 def finetune(
     framework:Framework, # A `Framework`, trained in place
     data:Dataset, # Data set with the framework's vocabulary

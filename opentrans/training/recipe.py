@@ -194,6 +194,7 @@ class _Course:
 # %% ../../nbs/training/40_recipe.ipynb #77fa637b
 WARMUP = 10_000 # iterations with all layers, before the spectra are read (Sec. 3.3.1, Fig. 4)
 
+# %% ../../nbs/training/40_recipe.ipynb #68923d54
 @dataclass(frozen=True)
 class Recipe(_Course):
     """How to fine-tune: every number that a run depends on. Presets: `paper(name)`, `released(name)`,
@@ -352,6 +353,7 @@ def _layer_values(per_layer):
     raise OpenTransError(
         f"per_layer holds {held}: give what lr_groups and decay_groups of a LayerTable made, one of each at most.")
 
+# %% ../../nbs/training/40_recipe.ipynb #1e932e8c
 def param_groups(
     framework:Framework, # A `Framework` in which all freezing has been done
     recipe:Recipe, # Rates

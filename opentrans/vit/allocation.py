@@ -109,6 +109,7 @@ class _Plan(TypedDict):
     budget: int | None
     note: str
 
+# %% ../../nbs/vit/61d_allocation.ipynb #db1aa7a6
 def _as_places(mask):
     mask = torch.as_tensor(mask).bool().flatten()
     rare = 2*int(mask.sum()) <= mask.numel()
@@ -157,6 +158,7 @@ def _check_plan(told, shapes):
 # numbers and words of an allocation that its file holds as they are
 _PLAIN = ('n_trainable', 'tau', 'kind', 'r', 'always', 'heads', 'budget', 'note', 'counts')
 
+# %% ../../nbs/vit/61d_allocation.ipynb #01ef5505
 @dataclass
 class Allocation(_AllocationTable):
     """Where trainable parameters go: each candidate is structured, a whole vector, unstructured (a mask), or
@@ -243,6 +245,7 @@ def _as_bools(mask, shape):
     kept = torch.as_tensor(mask).bool()
     return kept.cpu().reshape(shape)
 
+# %% ../../nbs/vit/61d_allocation.ipynb #d8eb1fa1
 class _Order:
     "The entries of all tensors in one row, and the order of their sensitivity."
     def __init__(self, sens, tau, masks=None):
@@ -400,6 +403,7 @@ def _spend(rank, rules, budget):
         else: break
     return max(1, tau),held
 
+# %% ../../nbs/vit/61d_allocation.ipynb #0412fe84
 def _allocation(rank, tau, rules, always, heads=None, held=(), budget=None, why=''):
     counts = rank.counts(tau)
     structured,vectors,single,total = rules.classes(rank, counts, held)

@@ -37,6 +37,7 @@ def _shallow(module):
 def _inside(block, name): # the layer of that name, if the block has one
     return [m for n,m in block.named_modules() if n == name]
 
+# %% ../../nbs/vit/62b_anchors.ipynb #17939475
 class Anchor(nn.Module):
     "A model as embedding, blocks and head. Subclasses know one family each."
     embed_parts = head_parts = () # Names in the tower
@@ -125,6 +126,7 @@ class ViTAnchor(Anchor):
     def new_task(self, classes): self.tower.reset_classifier(classes)
     def _keep(self, tower, start, stop): tower.blocks = nn.Sequential(*tower.blocks[start:stop])
 
+# %% ../../nbs/vit/62b_anchors.ipynb #2249937c
 class ClipViTAnchor(Anchor):
     "A `VisionTransformer` of open_clip; the head ends in CLIP's image embedding."
     embed_parts = ('conv1', 'class_embedding', 'positional_embedding', 'patch_dropout', 'ln_pre')
@@ -181,6 +183,7 @@ class ResNetAnchor(Anchor):
             setattr(tower, f'layer{s}', nn.Sequential(*blocks[first:end]))
             at += n
 
+# %% ../../nbs/vit/62b_anchors.ipynb #7bd850f3
 class TimmResNetAnchor(ResNetAnchor):
     "A ResNet of timm."
     embed_parts,head_parts = ('conv1', 'bn1', 'act1', 'maxpool'),('global_pool', 'fc')
@@ -230,6 +233,7 @@ class DistilledViTAnchor(ViTAnchor):
     @property
     def classifier(self): return nn.ModuleList([self.tower.head, self.tower.head_dist])
 
+# %% ../../nbs/vit/62b_anchors.ipynb #558ab8e4
 class _StagedAnchor(Anchor):
     """A network of timm in stages, each a `downsample` and `blocks`. The step down belongs to the first block of
     its stage."""
@@ -271,6 +275,7 @@ class _StagedAnchor(Anchor):
             first += n
         setattr(tower, self.at, nn.Sequential(*kept))
 
+# %% ../../nbs/vit/62b_anchors.ipynb #014ca7f2
 @register_anchor('timm.models.convnext.ConvNeXt')
 class ConvNeXtAnchor(_StagedAnchor):
     "A ConvNeXt of timm."
@@ -298,6 +303,7 @@ class SwinAnchor(_StagedAnchor):
     def head(self, x): return self.tower.forward_head(self.tower.norm(x.permute(0, 2, 3, 1)))
     def positions(self, y): return math.prod(y.shape[1:3])
 
+# %% ../../nbs/vit/62b_anchors.ipynb #546fa907
 @register_anchor('transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel')
 class GPT2Anchor(Anchor):
     """A GPT-2 of transformers, as a model of language: token numbers (B,N) in, scores of the next token (B,N,V)
@@ -333,6 +339,7 @@ class GPT2Anchor(Anchor):
             new.tower._modules |= dict(lm_head=None)
         return new
 
+# %% ../../nbs/vit/62b_anchors.ipynb #2198cfe4
 def _kind_of(tower):
     "The anchor that cuts a tower, by its class or the nearest that it inherits from; None if there is none."
     for cls in type(tower).__mro__:

@@ -204,6 +204,7 @@ def adapted(anchors, scale, family, data, seed):
     run.fit(batches(*data, steps, scale['batch'], seed))
     return net, sampler
 
+# %% ../../nbs/vit/65b_anchors_study.ipynb #0ce8ef4d
 def family_of(scale, file, name, seed):
     """One family of one seed: right answers of the networks that are deployed by score, of all, of the best of each
     interval, and of the anchors tuned one by one with as many steps each."""

@@ -45,6 +45,7 @@ class Prompts(nn.Module):
         return y[:, :-len(self.tokens)]
     def __len__(self): return self.tokens.numel()
 
+# %% ../../nbs/vit/60d_blockwise.ipynb #89b0f39b
 class ParallelAdapter(nn.Module):
     "A bottleneck beside an MLP."
     kind = 'adaptformer'
@@ -103,6 +104,7 @@ def _put_beside(model, places, make, freeze):
         restore_flags(flags)
     return Added(made, [off])
 
+# %% ../../nbs/vit/60d_blockwise.ipynb #2dd051c0
 def _chosen_blocks(model, blocks):
     "Blocks by name. Raises `OpenTransError` for one that is not there."
     there = vit_blocks(model)
@@ -195,6 +197,7 @@ def add_spt_blocks(
         if is_of_head(name, heads) or name.rpartition('.')[2] in TOKENS: p.requires_grad_(True)
     return added
 
+# %% ../../nbs/vit/60d_blockwise.ipynb #b252fb07
 _OWN = dict(tokens=add_prompts, V=add_adaptformer) # the tensor that tells the kind, and by its length the size
 
 def load_blocks(

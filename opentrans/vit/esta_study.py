@@ -71,6 +71,7 @@ def objects(n, seed):
         images.append(image.transpose(2, 0, 1))
     return normal(images), torch.as_tensor(kinds)
 
+# %% ../../nbs/vit/65_esta_study.ipynb #629b82af
 def _side(pixels, half):
     "First pixel of a cut around the middle of some pixels and the one behind its last, within a scene of 80."
     both_ends = pixels.max() + pixels.min()
@@ -93,6 +94,7 @@ def _cut_out(scene, segment):
     resized = F.interpolate(cut[None].float(), (SIZE, SIZE), mode='bilinear', align_corners=False)
     return resized[0].numpy()
 
+# %% ../../nbs/vit/65_esta_study.ipynb #c81f2ac1
 def crops(n, seed, skip=0, domain='sketch'):
     "Things cut out of crowded scenes: (images, colour and shape)."
     world = ShapesWorld('val', domain, n=100_000, size=80, seed=1000+seed)
@@ -169,6 +171,7 @@ def pretrain(c, path):
     save_tensors(tensors, path, metadata)
     return said
 
+# %% ../../nbs/vit/65_esta_study.ipynb #984790f2
 def family(c, path):
     weights,_ = load_tensors(path)
     towers = []
@@ -236,6 +239,7 @@ def tuned_alone(c, towers, data, seed):
         tuned.append(merged.tower.eval())
     return tuned
 
+# %% ../../nbs/vit/65_esta_study.ipynb #fb56744f
 def equal_sizes(c, towers, what):
     """Ranks, or widths of bottlenecks, with which about as much is trained as by PST: without its biases (`'ranks'`),
     or with bottlenecks in place of updates (`'widths'`)."""
@@ -270,6 +274,7 @@ def _adapted(c, towers, images, seed, full, alone, sizes, factor, pst):
         if not full: apply_pst(net, ranks, **pst)
     return net
 
+# %% ../../nbs/vit/65_esta_study.ipynb #4b9f34ee
 def _outcome(value, table, sampler, spread):
     "What is kept of a palette: accuracy, costs and scores of its stitches, and which are deployed."
     tracker = sampler.tracker
@@ -309,6 +314,7 @@ def palette(c, path, seed, sampling, full=False, alone=False, sizes=None, factor
     res = _outcome(value, table, run.sampler, history.spread)
     return dict(res, trained=int(learned), angles=angles)
 
+# %% ../../nbs/vit/65_esta_study.ipynb #18a745c5
 def source_angles(c, path, seed):
     "The same training on the source, up to the step at which angles are measured."
     data = objects(c['train'], 100+seed)
@@ -371,6 +377,7 @@ def _deployed_beside(run, value, i):
     beside = (stitch for stitch,members in intervals if i in members)
     return value[next(beside)]
 
+# %% ../../nbs/vit/65_esta_study.ipynb #e6223fb2
 def summary(r):
     "What the runs say, by seed; then mean and standard deviation."
     esta = r['esta']
@@ -421,6 +428,7 @@ def after_family(study, seeds, names, run, scale, runs, scheduler, learn=pretrai
     jobs |= kept_jobs(folder, names, seeds, 'family', job)
     with one_thread(): return run_jobs(jobs, scheduler, study.name)
 
+# %% ../../nbs/vit/65_esta_study.ipynb #8dcb54a9
 def _spread(results):
     "Mean, standard deviation and values of each figure of the summaries of all seeds."
     rows = [summary(result) for result in results.values()]

@@ -101,6 +101,7 @@ def _share_inside(regions, attention, size):
     coarse = F.interpolate(regions, size=size, mode='area')[0]
     return (coarse*attention).sum((1, 2))
 
+# %% ../../nbs/vit/68_faseg_study.ipynb #16d47201
 def _chosen_cells(layer, first):
     "The cells that a layer chose in each image, counted on the grid of the first layer, the coarsest."
     width = layer['size'][1]
@@ -112,6 +113,7 @@ def _chosen_cells(layer, first):
         return row*columns + column
     return [sorted({coarse(int(place)) for place in chosen}) for chosen in layer['idx']]
 
+# %% ../../nbs/vit/68_faseg_study.ipynb #c507f304
 def measure(seg, data):
     """How well regions are found by any query: best IoU, mean over regions; for FASeg also how much of that query's
     attention is inside, and the chosen cells."""
@@ -150,6 +152,7 @@ def _rounded(attention):
     def short(v): return round(float(v), 4)
     return [[short(v) for v in row] for row in attention]
 
+# %% ../../nbs/vit/68_faseg_study.ipynb #367d7e7e
 def _largest_thing(batch, data):
     "The mask of the largest thing in an image."
     regions,kinds = batch_regions(batch, len(data.vocabulary), batch['ignore'])
@@ -193,6 +196,7 @@ def _recipe(seed, scale):
     sizes = {k: scale[k] for k in ('iterations', 'batch_size', 'lr', 'backbone_lr')}
     return Recipe.tiny().replace(seed=seed, schedule='poly', **sizes)
 
+# %% ../../nbs/vit/68_faseg_study.ipynb #de18298a
 def run(name, seed, scale):
     arms = ARMS | PARTS
     framework,options,sparse,_ = arms[name]

@@ -55,6 +55,7 @@ def _classes_of(folder):
     folders = (p for p in folder.iterdir() if p.is_dir())
     return sorted(p.name for p in folders if not p.name.startswith('.'))
 
+# %% ../../nbs/vit/64b_folders.ipynb #6c68c32c
 def _is_picture(path): return path.suffix.lower() in _ENDS and not path.name.startswith('.')
 
 def _by_folder(folder, classes=None):
@@ -87,6 +88,7 @@ def _lines(file):
         rows.append((path, int(number)))
     return rows
 
+# %% ../../nbs/vit/64b_folders.ipynb #dd59dbe5
 def _told(root, split):
     "The list of a split: pairs of path and class, or None."
     if file := _first(root, _LISTS[split]): return _lines(file)
@@ -124,6 +126,7 @@ def open_pictures(
                              f"Each class needs a folder with {ends} files.")
     return Pictures(files, labels, classes, transform)
 
+# %% ../../nbs/vit/64b_folders.ipynb #fd33deb6
 def _divided(root, split, seed, share):
     "A part of the pictures of each class."
     files, labels, classes = _by_folder(root)

@@ -43,6 +43,7 @@ def _said(tower):
         if name and id(m) in said: res += _with_parameters(name, m, norms=True)
     return res
 
+# %% ../../nbs/vit/60c_heads.ipynb #96f706e6
 def _pattern(name):
     "The parts of a name, numbers as `*`."
     return ['*' if part.isdigit() else part for part in name.split('.')]

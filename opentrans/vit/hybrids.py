@@ -78,6 +78,7 @@ def _kept(keep, tower, n):
     if keep is None: keep = (-1,) if hasattr(tower, 'class_embedding') else ()
     return {check_number('keep', i, -n, n-1, whole=True) % n for i in keep}
 
+# %% ../../nbs/vit/63b_hybrids.ipynb #79c540ed
 def convert_to_spvit(
     vit:nn.Module, # A tower, or anything that holds one; it is copied
     ops=SPVIT_OPS, # Candidates of an attention layer; `('msa',)` prunes MLPs (and heads) only
@@ -146,6 +147,7 @@ def _without_numbers(tower):
         if not is_gate: weights[name] = t.detach().to('meta')
     return weights
 
+# %% ../../nbs/vit/63b_hybrids.ipynb #4bbbdcd5
 def _shapes(model, size):
     """Shapes of the blocks' inputs and of what convolutions, linear maps and norms outside of them give: a pass, of a
     large tower without numbers."""
@@ -184,6 +186,7 @@ def _image_size(tower):
     if size is None: return 224,224
     return (size, size) if isinstance(size, int) else tuple(size)
 
+# %% ../../nbs/vit/63b_hybrids.ipynb #b8828f26
 def _choice(m):
     "The operation of a gated layer without chance, with a gradient."
     gates = hard_gate(m.gate.double())
@@ -219,6 +222,7 @@ def _patches_of(m, given, prefix):
     if hasattr(m, 'conv_dw'): return given[2]*given[3],given[1]
     return given[1]*given[2],given[3]
 
+# %% ../../nbs/vit/63b_hybrids.ipynb #1997f70f
 def _windows_of(m, given, tokens):
     "How many tokens attend to each other in a block of so many, and in how many windows."
     if not getattr(m, 'window_size', None): return tokens,1
@@ -306,6 +310,7 @@ def _are_units(u, top):
     if u != sorted(set(u)): return False
     return not u or 0 <= u[0] <= u[-1] < top
 
+# %% ../../nbs/vit/63b_hybrids.ipynb #00690d2b
 @dataclass
 class _HybridBlocks:
     "What a hybrid holds of each block."
@@ -450,6 +455,7 @@ def _strongest(mlp, n):
     strongest = strength.topk(n).indices
     return strongest.sort().values.tolist()
 
+# %% ../../nbs/vit/63b_hybrids.ipynb #84530d05
 class _HybridSetting(_HybridReading):
     "A hybrid on one block of a model, which is checked and set."
     def _check_block(self, i, name, mixer, mlp):

@@ -56,6 +56,7 @@ class Added(Handle):
         n = sum(map(len, self.parts.values()))
         return f"Added({len(self.parts)} parts, {n:,} parameters)"
 
+# %% ../../nbs/vit/60_peft.ipynb #537b142b
 def _put(tower, slot, part):
     "Add one part, and return what takes it off."
     name = slot.name.rpartition('.')[2]
@@ -130,6 +131,7 @@ def _find_slot(model, name, there):
     found = find_names([name], there, 'tensors')
     return found[name]
 
+# %% ../../nbs/vit/60_peft.ipynb #f8124b55
 def _hits(model, name, there):
     "The names of slots that a name or a pattern means. Raises `OpenTransError` where there are none."
     if '*' in name or '?' in name: hits = [k for k in slots(model) if match_pattern(k, name)]
@@ -159,6 +161,7 @@ def _wanted(model, names, kinds=None):
             f"reach only one of them; leave them out.")
     return list(res.values())
 
+# %% ../../nbs/vit/60_peft.ipynb #82aad523
 def _add(model, chosen, make, freeze):
     "Add a part to each slot; freeze the rest of the tower if asked. Nothing is changed if one cannot be added."
     tower = find_tower(model)
@@ -236,6 +239,7 @@ def _check_lora(chosen, r):
             f"r has ranks for {len(lost)} tensors that are not chosen: {listed}. Use the "
             f"names that slots(model) lists.")
 
+# %% ../../nbs/vit/60_peft.ipynb #41d94c0c
 def add_lora(
     model:nn.Module, # Changed in place; names are read in its tower
     names=None, # Names or patterns (`'blocks.*.attn.*'`) of matrices, as `slots` lists them; None for all

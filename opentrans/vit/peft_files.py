@@ -53,6 +53,7 @@ def _state(tower):
             res[name] = b
     return res
 
+# %% ../../nbs/vit/60b_peft_files.ipynb #670122c6
 def _all_parts(tower):
     "The parts of a model by the name of their tensor."
     res = {}
@@ -89,6 +90,7 @@ def save_added(
     check_finite(tensors, 'nothing is saved', 'The training has diverged: use a smaller learning rate.')
     save_tensors(tensors, path, dict(metadata, parts=about), PARTS_FILE)
 
+# %% ../../nbs/vit/60b_peft_files.ipynb #e7b1f6cd
 @torch.no_grad()
 def load_added(
     model:nn.Module, # The base model, changed in place
@@ -161,6 +163,7 @@ def _check_state(slot, about, state):
     if mask.dtype != torch.bool or mask.numel() != size:
         raise ValueError('its mask is of another shape')
 
+# %% ../../nbs/vit/60b_peft_files.ipynb #3b05f270
 def _check_entries(idx, n, m):
     "Raises `ValueError` for places that are not those of single entries of an (n, m) matrix, in order."
     are_pairs = idx.dtype == torch.int64 and idx.ndim == 2 and len(idx) == 2
@@ -254,6 +257,7 @@ def _as_whole(at, module):
         if b is not None: res[f'{at}.{key}'] = b
     return res
 
+# %% ../../nbs/vit/60b_peft_files.ipynb #727ac60d
 def _hf_rest(tower, targets, said):
     """What is trained besides: (tensors of biases and whole modules, names of these modules, names of what has no
     word)."""
@@ -305,6 +309,7 @@ def huggingface_gaps(
     *_,lost = _hf_all(find_tower(model))
     return lost
 
+# %% ../../nbs/vit/60b_peft_files.ipynb #f76d04e2
 def _hf_settings(rank, said, rest, whole, base):
     "peft's configuration for low-rank updates of these ranks."
     exact = {f'^{re.escape(n)}$': r for n,r in rank.items()}
@@ -387,6 +392,7 @@ def _check_pattern(pattern, path):
             f"'{path}' has the pattern {shown} among the names of alpha_pattern, which is not "
             f"read here: write out the names.")
 
+# %% ../../nbs/vit/60b_peft_files.ipynb #fa98f6f2
 def _hf_scale(c, name, r):
     "The factor on a module's update."
     patterns = c.get('alpha_pattern') or {}
@@ -424,6 +430,7 @@ def _hf_pairs(tensors, config, own, folder):
     if halves: raise _hf_unfit(sorted(halves), folder, 'are no part of a plain LORA')
     return pairs
 
+# %% ../../nbs/vit/60b_peft_files.ipynb #7a06a1e6
 def _hf_unfit(names, folder, why='do not fit the model'):
     listed = ', '.join(map(shorten, names[:6]))
     return OpenTransError(
@@ -451,6 +458,7 @@ def _hf_full(tensors):
         res[name] = t
     return res
 
+# %% ../../nbs/vit/60b_peft_files.ipynb #8cc5e777
 @torch.no_grad()
 def from_huggingface(
     model:nn.Module, # The base model, changed in place

@@ -63,6 +63,7 @@ def load_weights(
     model.load_state_dict(fitting, strict=False)
     return left
 
+# %% ../../nbs/vit/64c_products.ipynb #cca03820
 def open_model(
     name:str, # Of timm, such as `'vit_base_patch16_224'`
     classes:int, # Of the task
@@ -101,6 +102,7 @@ def picture_size(model)->tuple: # (3, H, W)
     own = getattr(model, 'picture_size', None)
     return size if own is None else (size[0], own, own)
 
+# %% ../../nbs/vit/64c_products.ipynb #78f3d282
 def open_loaders(
     root, # Folder of pictures
     model, # Of timm: how it wants pictures
@@ -136,6 +138,7 @@ def accuracy(model, loader)->float:
 
 def _learning(model): return [p for p in model.parameters() if p.requires_grad]
 
+# %% ../../nbs/vit/64c_products.ipynb #92324aa0
 def fit(
     model, # What learns in it, learns
     loader, # Of (pictures, labels)
@@ -175,6 +178,7 @@ def fit(
     model.eval()
     return history
 
+# %% ../../nbs/vit/64c_products.ipynb #259cf680
 def _example(model, size):
     generator = torch.Generator().manual_seed(0)
     picture = torch.randn(1, *size, generator=generator)
@@ -231,6 +235,7 @@ def _plan_blocks(model, sens, budget, kind, r, seed, out):
     plan['single'] = 0
     return dict(plan, tau=budget, note=note, samples=sens.samples)
 
+# %% ../../nbs/vit/64c_products.ipynb #70cce8f5
 def spt_on(
     model, # With a head for the task; it is left tuned and merged
     train, # Loader of (pictures, labels)
@@ -310,6 +315,7 @@ def stitch_on(
     frame.attrs.update(drawn=drawn, stitches=len(net.configs), trained=trained)
     return frame
 
+# %% ../../nbs/vit/64c_products.ipynb #f070b5ce
 def _stitch_row(s, network, table, counts, val, out, size, onnx):
     "What one deployed network costs and reaches; it is written, where there is a folder."
     tested = accuracy(network, val) if val is not None else None
@@ -352,6 +358,7 @@ def _has_norms(net):
     kind = torch.nn.modules.batchnorm._BatchNorm
     return any(isinstance(m, kind) for m in net.modules())
 
+# %% ../../nbs/vit/64c_products.ipynb #30ffc8b0
 def _some(loader, n, device):
     "The first pictures of a loader."
     found = []

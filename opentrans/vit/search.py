@@ -103,6 +103,7 @@ def gate_optimizers(
     if gates: opt_g = torch.optim.AdamW(gates, lr=gate_lr, weight_decay=0.)
     return opt_w,opt_g
 
+# %% ../../nbs/vit/63c_search.ipynb #f2ae6569
 def search_step(
     model:nn.Module, # With gates, in train mode
     batch, # What the loss takes
@@ -159,6 +160,7 @@ def _check_state(opt, path):
         if state['step'] < 0 or bool(below_0.any()):
             raise SPVIT_RUN.damaged(path, 'the state of an optimizer is none')
 
+# %% ../../nbs/vit/63c_search.ipynb #3aab673e
 def _resume(run, model, opts, steps):
     """The history of a checkpoint; model and optimizers are brought to where it was. Raises `OpenTransError`, with
     the model unchanged, if it is damaged or of another run."""
@@ -279,6 +281,7 @@ def train_spvit(
     model.eval()
     return pd.DataFrame(history)
 
+# %% ../../nbs/vit/63c_search.ipynb #c3975819
 def _row_of(model):
     "How many blocks have each operation now, and how many units are left."
     spec = HybridSpec.of(model)
@@ -331,6 +334,7 @@ def _draw_spec(model, cost, target, rng, units):
     fields['units'] = spec.widths
     return HybridSpec(**fields)
 
+# %% ../../nbs/vit/63c_search.ipynb #ebea0a86
 def _off(model, cost):
     "How far a model's cost is from the target, in GFLOPs."
     gflops = cost.flops(model).item()/1e9
@@ -407,6 +411,7 @@ def _queries_and_keys(m, x):
         return by_head if norm is None else norm(by_head)
     return of_heads(q, q_norm),of_heads(k, k_norm)
 
+# %% ../../nbs/vit/63c_search.ipynb #2888c222
 @torch.no_grad()
 def attention_maps(
     model:nn.Module, # A tower, dense, with gates or slimmed
@@ -436,6 +441,7 @@ def attention_maps(
         for h in undo: h.remove()
     return maps
 
+# %% ../../nbs/vit/63c_search.ipynb #d605f12a
 def locality(
     maps:dict, # From `attention_maps`
     grid, # (height, width) of the patches

@@ -109,6 +109,7 @@ def scene_losses(
         res.append(_one_number(loss))
     return torch.stack(res)
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #2eb4872e
 def _default_loss(model, batch):
     "The loss where none is given. Raises `OpenTransError` for a dictionary and a model without a loss of its own."
     if not isinstance(batch, Mapping): return F.cross_entropy
@@ -148,6 +149,7 @@ def _ask(loss_fn, *given):
         raise OpenTransError(
             f"The loss cannot be taken: {shorten(error)} Labels must be 0 to the number of classes - 1.") from error
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #99938ef3
 def _one_number(loss):
     if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss.reshape(())
     raise OpenTransError(
@@ -187,6 +189,7 @@ def _chosen(batch, at):
     def of_list(values): return [values[i] for i in at]
     return _each_sample(batch, of_tensor, of_list)
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #5116156f
 def _drawn(loader, n, seed):
     """Batches of `n` samples, drawn from all there are; of a loader that does not say how many there are, those
     that come first."""
@@ -217,6 +220,7 @@ def _drawn_loader(loader, n, g):
     subset = Subset(data, drawn.tolist())
     return DataLoader(subset, loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #e7c47ef8
 def _peek(batches):
     "The first batch, and all of them. Raises `OpenTransError` for what gives none."
     is_iterable = hasattr(batches, '__iter__') or hasattr(batches, '__getitem__')
@@ -273,6 +277,7 @@ def _mixes_samples(module):
     "Does a batch norm take its statistics from the batch?"
     return isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None)
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #5e8d302b
 def _no_coupling(model):
     bad = [n for n,m in model.named_modules() if _mixes_samples(m)]
     if bad:
@@ -335,6 +340,7 @@ def _untapped(taps, wanted):
     def has_rule(s): return id(s.module) in taps.sums and taps.covered(s.module, s.key)
     return {(id(s.module), s.key): s.param for s in wanted if not has_rule(s)}
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #4985fda0
 def _per_sample(model, loader, loss_fn, n, wanted, chunk):
     "Sums of squared per-sample gradients: (module id, key) -> tensor, and the number of samples."
     _no_coupling(model)
@@ -367,6 +373,7 @@ def _per_sample(model, loader, loss_fn, n, wanted, chunk):
 # %% ../../nbs/vit/61b_sensitivity.ipynb #3dc95a8a
 SENSITIVITY_FILE = FileKind('opentrans-sensitivity', 'sensitivities', 'Sensitivity.save')
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #d485215f
 class Sensitivity(dict):
     """Name -> sensitivities of a tensor's entries (Eq. 2.3); `.samples` and how they were taken, and `.always`:
     what is trained in any case, by name."""
@@ -435,6 +442,7 @@ class Sensitivity(dict):
         check_finite(res, f"the sensitivities in '{path}'", 'Compute them again.')
         return res
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #8724bcb1
 _SENSITIVITY = dict(samples=int, always=dict[str, int], info=dict, takes=dict[str, list[str]],
                     outputs=dict[str, list[int]], heads=dict[str, int] | None)
 _SENSITIVITY_0_1 = ('samples', 'always', 'info') # what the files of opentrans 0.1 held
@@ -473,6 +481,7 @@ def _of_slot(sums, slot):
     if slot.rows is not None: found = found[slice(*slot.rows)]
     return found.detach()
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #cd00a96b
 def _describe(sens, model, wanted, heads):
     "Note what is known of the tensors, and what is trained beside them."
     sens.always = {n: p.numel() for n,p in _tokens(model).items()}
@@ -482,6 +491,7 @@ def _describe(sens, model, wanted, heads):
     places = {slot.name: outputs_of(slot) for slot in wanted}
     sens.outputs = {name: place for name,place in places.items() if place != [0, 1]}
 
+# %% ../../nbs/vit/61b_sensitivity.ipynb #c77458b2
 def param_sensitivity(
     model:nn.Module, # Any; it is not changed
     loader, # Batches (inputs, targets), or dictionaries

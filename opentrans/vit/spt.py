@@ -40,6 +40,7 @@ def _masks_of(alloc, here):
         masks[name] = torch.ones(shape, dtype=torch.bool)
     return masks
 
+# %% ../../nbs/vit/61_spt.ipynb #1f91063d
 def add_spt(
     model:nn.Module, # Changed in place; names are read in its tower
     alloc:Allocation, # What goes where
@@ -87,6 +88,7 @@ def add_spt(
     for handle in handles: parts.update(handle.parts)
     return Added(parts, [off])
 
+# %% ../../nbs/vit/61_spt.ipynb #eb044c6a
 def _trained_in_full(model, alloc, full):
     "Names of the parameters that are trained in full."
     tower = find_tower(model)
@@ -231,6 +233,7 @@ def _scores(rows, alive, level):
     count = alive.sum().clamp(min=1)
     return (total/count).reshape(1)
 
+# %% ../../nbs/vit/61_spt.ipynb #ea0bb0e9
 def _among(sens, layers):
     "The sensitivities of some layers. Raises `OpenTransError` where none has one."
     names = layers.train if isinstance(layers, LayerSelection) else list(layers)
@@ -269,6 +272,7 @@ def _best_rows(rows, alive, count, level):
         left -= min(size, left)
     return chosen,left
 
+# %% ../../nbs/vit/61_spt.ipynb #acaaa662
 def _plan_of(sens, chosen, spent):
     "The allocation of single weights that these masks are."
     counts = {n: int(chosen[n].sum()) if n in chosen else 0 for n in sens}
@@ -374,6 +378,7 @@ def alpha_sensitivity(
     res.attrs.update(rho=float(r.statistic), p=float(r.pvalue), n=len(both), partial=partial)
     return res
 
+# %% ../../nbs/vit/61_spt.ipynb #327abe6e
 def plot_alpha_sensitivity(
     frame, # What `alpha_sensitivity` gives
     ax=None, # Axes to draw on; new ones if None

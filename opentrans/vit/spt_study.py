@@ -75,6 +75,7 @@ def _places(rng, count, size):
         if is_free: at.append(middle)
     return at
 
+# %% ../../nbs/vit/66_spt_study.ipynb #13b01708
 def _counted_picture(rng, count, size):
     "So many small base things on a calm ground."
     grey = rng.uniform(.15, .9)
@@ -141,6 +142,7 @@ def accuracy(model, x, y):
     right = logits.argmax(1) == y
     return right.float().mean().item()
 
+# %% ../../nbs/vit/66_spt_study.ipynb #036af1cb
 @functools.lru_cache(maxsize=1)
 def pretrain(work):
     "The small ViT that names base things; its accuracy on new pictures of them."
@@ -315,6 +317,7 @@ def _best_rates(done, arms=ARMS):
         return highest['lr']
     return {task: {arm: best(task, arm) for arm in arms} for task in SET['train']}
 
+# %% ../../nbs/vit/66_spt_study.ipynb #875e4aa0
 def spt_rows(
     study, # The `Study`
     seeds, # Seeds

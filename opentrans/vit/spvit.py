@@ -178,6 +178,7 @@ class TokenLayer(nn.Module):
     @property
     def like(self): return dict(grid=self.grid, prefix=self.prefix, cls=self.cls, pair=self.pair)
 
+# %% ../../nbs/vit/63_spvit.ipynb #ed7b883c
 class SkipAttention(TokenLayer):
     "A skipped attention: 0."
     def forward(self, x, *args, **kwargs): return self.give(torch.zeros_like(x))
@@ -234,6 +235,7 @@ def _is_plain(attn):
     if attn.qkv.weight.shape[0] != 3*inner: return False
     return not hasattr(attn, 'rope')
 
+# %% ../../nbs/vit/63_spvit.ipynb #f438106f
 def _norm_of(attn, name):
     "A norm of an attention; None where it has none."
     norm = getattr(attn, name, None)
@@ -274,6 +276,7 @@ def _param(t):
     copied = t.detach().clone(memory_format=torch.contiguous_format)
     return nn.Parameter(copied)
 
+# %% ../../nbs/vit/63_spvit.ipynb #76391a1e
 def _gates(count, theta, weight):
     "Gates beside a weight; they are real, where the weight is on `meta`."
     home = 'cpu' if weight.is_meta else weight.device
@@ -685,6 +688,7 @@ def _check_sides(sides, K):
     if not sides or not rising or sides[-1] != K or not odd:
         raise OpenTransError(f"sides={tuple(sides)}: give odd sides, rising, up to {K}.")
 
+# %% ../../nbs/vit/63_spvit.ipynb #82cfb501
 class UnifiedDepthwise(_Gates):
     """A depthwise convolution and its centre crops, with gates that choose the side (an extension beyond the
     thesis). Made by `from_conv`."""

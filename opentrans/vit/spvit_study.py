@@ -81,6 +81,7 @@ def embed(m, images):
     features = m.kind.features(m.visual, prepared)
     return m.kind.dense(m.visual, features[1])
 
+# %% ../../nbs/vit/67_spvit_study.ipynb #9212ae35
 def pool(cells, regions):
     "Embeddings of regions: the mean of their cells, by the share that a region has in each."
     found = []
@@ -118,6 +119,7 @@ class _Lesson:
         naming = F.cross_entropy(20*v @ self.text.T, names)
         return 1 - likeness + .5*naming
 
+# %% ../../nbs/vit/67_spvit_study.ipynb #82d17879
 def _learn(vit, lesson):
     "Train the small ViT."
     params = list(vit.visual.parameters())
@@ -186,6 +188,7 @@ def open_world(seed, teacher):
     text = teacher.encode_text(val.vocabulary)
     return dict(train=images, targets=targets, val=(*scenes, text, val.groups))
 
+# %% ../../nbs/vit/67_spvit_study.ipynb #3c5184e8
 def _likeness_loss(teacher, world):
     "Distillation on the training pictures of these numbers; what the teacher says of them is known."
     def embeddings(model, which):
@@ -229,6 +232,7 @@ def _cost_of(name, teacher, world, seed, work):
     count.weight = SET['pull']/(10*dense)**2
     return count, dense
 
+# %% ../../nbs/vit/67_spvit_study.ipynb #5f4d3941
 def _size_of(model): return sum(p.numel() for p in model.visual.parameters())
 
 def run_arm(name, teacher, world, seed, work):
@@ -324,6 +328,7 @@ def _jobs(sizes, seeds, work):
             jobs[name, seed] = needs, sized_arm, known
     return jobs
 
+# %% ../../nbs/vit/67_spvit_study.ipynb #5987faea
 def _first_job(sizes, work): return (), sized_pretrain, (sizes, work)
 
 def spvit_rows(

@@ -32,6 +32,7 @@ def _add_squares(acc, g, a, buffer):
 
 def _flat(t, n, dim): return t.movedim(dim, -1).reshape(n, -1, t.shape[dim])       # (B, T, features)
 
+# %% ../../nbs/vit/61a_squares.ipynb #ab4d294b
 class _Rule:
     "How one kind of module computes, and the squared gradients of its parameters by sample."
     axis = -1
@@ -69,6 +70,7 @@ class _LinearRule(_Rule):
             of_bias = g.sum(1).square()
             put('bias').add_(of_bias.sum(0))
 
+# %% ../../nbs/vit/61a_squares.ipynb #996d29ec
 class _ConvRule(_Rule):
     axis = 1
     plain = nn.Conv2d.forward
@@ -104,6 +106,7 @@ class _ConvRule(_Rule):
             of_bias = go.sum(1).square()
             put('bias').add_(of_bias.sum(0))
 
+# %% ../../nbs/vit/61a_squares.ipynb #a1babd89
 class _NormRule(_Rule):
     "A norm whose weight and bias act feature by feature."
     def __init__(self, module, axis):
@@ -156,6 +159,7 @@ def _rules(m):
     if _is_vector_alone(m): return [_ScaleRule(m, -1), _ScaleRule(m, 1)]
     return []
 
+# %% ../../nbs/vit/61a_squares.ipynb #67807a09
 class _AttentionPart:
     "One of the projections of an `nn.MultiheadAttention`, as if it were a Linear."
     def __init__(self, mha, i):
@@ -196,6 +200,7 @@ class _Sums:
             self.buffers[size] = torch.empty(size, dtype=p.dtype, device=p.device)
         return self.buffers[size]
 
+# %% ../../nbs/vit/61a_squares.ipynb #07fd2455
 class _Taps:
     "Hooks on modules: what goes in, and the gradient of what comes out, turned into sums of squared gradients."
     def __init__(self, modules):
@@ -278,6 +283,7 @@ def _probe(self, key, module, x, y):
             self.rules[key] = rule
             self.dims[key] = d
 
+# %% ../../nbs/vit/61a_squares.ipynb #c1a77f06
 def _install(self):
     "Put the hooks on; an attention is written out, so that its projections can be seen."
     def note(m, given, y):

@@ -43,6 +43,7 @@ def _saliency(params, grads):
     total = sum(of_one(p, g) for p,g in zip(params, grads) if g is not None)
     return float(total)
 
+# %% ../../nbs/vit/62c_stitch_training.ipynb #f7e1a224
 class ImportanceTracker:
     "A running mean of the importance of each stitch (Eq. 3.3)."
     def __init__(self,
@@ -101,6 +102,7 @@ def _are_costs(costs):
     if costs.ndim != 1 or not len(costs): return False
     return np.isfinite(costs).all() and costs.min() >= 0
 
+# %% ../../nbs/vit/62c_stitch_training.ipynb #69089d8a
 class StitchSampler:
     """Draws stitches: each in turn in warm-up, then an interval uniformly and a stitch in it by its importance
     (thesis 3.4.2)."""
@@ -374,6 +376,7 @@ _STITCHING = dict(configs=list[_Config], rest=dict[str, dict[str, Any]], groups=
 
 def _stored_configs(net): return [asdict(config) for config in net.configs]
 
+# %% ../../nbs/vit/62c_stitch_training.ipynb #bef20a89
 class _TrainerSaving(_TrainerSteps):
     "A training on its way into a file."
     def save(self,
@@ -438,6 +441,7 @@ def _same_keys(value, here):
     names = [str(key) for key in here]
     return names == list(here) and set(value) == set(here)
 
+# %% ../../nbs/vit/62c_stitch_training.ipynb #4f20c55f
 def _same_length(value, here, what):
     "Are both lists of one length, and not those of a group's parameters?"
     if not isinstance(here, (list, tuple)) or not isinstance(value, list): return False
@@ -469,6 +473,7 @@ def _as_here(value, here, what):
 # %% ../../nbs/vit/62c_stitch_training.ipynb #9b53e2fa
 def _shapes(tensors): return {name: tensor.shape for name,tensor in tensors.items()}
 
+# %% ../../nbs/vit/62c_stitch_training.ipynb #97b31aef
 class StitchTrainer(_TrainerSaving):
     """Trains a family in one stage: in each step the largest anchor and a stitch that the sampler draws (thesis
     3.4.2)."""
@@ -613,6 +618,7 @@ def _angle(grads, others):
 
 def _labels_alone(out, y, s): return label_loss_of(out, y)
 
+# %% ../../nbs/vit/62c_stitch_training.ipynb #a22cb66c
 def gradient_angles(
     net:StitchableNet, # The family
     batch, # (images, labels)
@@ -645,6 +651,7 @@ def gradient_angles(
         res[j, i] = angle
     return res
 
+# %% ../../nbs/vit/62c_stitch_training.ipynb #92d67faa
 def plot_angles(
     angles:torch.Tensor, # (n, n), of `gradient_angles`; or the pairs themselves
     label:str=None, # In the legend

@@ -79,6 +79,7 @@ def _groups(front, end, kernel, stride, min_tail):
         if late: kept.append(late)
     return kept
 
+# %% ../../nbs/vit/62_stitching.ipynb #740b73a8
 def stitch_configs(
     # Blocks of each anchor, small to large; for anchors of several stages a list of blocks per stage for each
     depths,
@@ -362,6 +363,7 @@ def _part_of(anchor, name):
     first = re.split(r'[.:\[]', name)[0]
     return 'embed' if first in anchor.embed_parts else 'head'
 
+# %% ../../nbs/vit/62_stitching.ipynb #53f54ebb
 def _watch(anchor, table, stack):
     "Note what its LayerNorms get and how many positions its blocks give, until the block of `stack` ends."
     def normed(part):
@@ -474,6 +476,7 @@ def _zeros_for(layer):
             f"anchor in float32 or bfloat16.")
     return like.new_zeros(_outputs(layer))
 
+# %% ../../nbs/vit/62_stitching.ipynb #134efc6b
 class StitchBias(nn.Module):
     "A layer with a bias of its own for each stitch that runs it: $y = W'x + b + b^{(s)}$."
     def __init__(self,
@@ -509,6 +512,7 @@ class StitchBias(nn.Module):
             new.bias = nn.Parameter(whole)
         return new
 
+# %% ../../nbs/vit/62_stitching.ipynb #5c77a19f
 class StitchAttention(nn.Module):
     """An `nn.MultiheadAttention` with low-rank updates and biases of each stitch: it is called with the sums, since
     it reads its weights instead of calling its parts."""
@@ -580,6 +584,7 @@ def as_linear(m):
 
 PST_KINDS = ('lora', 'adapter', 'adaptformer')
 
+# %% ../../nbs/vit/62_stitching.ipynb #abf91952
 class Bottleneck(nn.Module):
     """A feed-forward part with a bottleneck that starts at 0: behind it (adapter, Houlsby et al.), or beside it, a
     tenth of what it gives (AdaptFormer, Chen et al.). It stays when a stitch is deployed."""
@@ -618,6 +623,7 @@ def _runs(c, anchor, block): # does stitch c run this block?
     if c.front == anchor and block <= c.j: return True
     return c.end == anchor and block >= c.k
 
+# %% ../../nbs/vit/62_stitching.ipynb #84811033
 def _adapt_layer(net, a, mask, path, r, stitches):
     "One layer of an anchor: a low-rank update of rank `r`, if any, and biases of `stitches`, if any."
     m = as_linear(a.tower.get_submodule(path))
@@ -671,6 +677,7 @@ def _ranks(attn_ranks, n):
         raise OpenTransError(f"attn_ranks={attn_ranks}: give one rank, or one for each of the {n} anchors.")
     return [check_number('attn_ranks', r, 0, 65_536, whole=True) for r in ranks]
 
+# %% ../../nbs/vit/62_stitching.ipynb #ab79bd43
 def _check_masks(net, masks):
     "Raises `OpenTransError` for masks that are not one for each anchor, or are of other layers."
     if masks is None: return
@@ -714,6 +721,7 @@ def _adapt(net, ranks, stitch_rank, ssb, masks, places, kind='lora'):
         a.classifier.requires_grad_(True)
     for m in net.stitching.values(): _adapt_stitching(m, stitch_rank, places)
 
+# %% ../../nbs/vit/62_stitching.ipynb #c35952d4
 def _stitches_through(net, anchor, block):
     "The numbers of the stitches that run a block."
     return [s for s,c in enumerate(net.configs) if not c.is_anchor and _runs(c, anchor, block)]

@@ -61,6 +61,7 @@ def _title(column):
     words = column.replace('_', ' ')
     return f'{words} (%)' if column in _SHARES else words
 
+# %% ../../nbs/vit/69_studies.ipynb #e7952509
 def _table(*columns):
     "A text of a study: means of columns by arm, with their spread over the seeds, as Markdown."
     titles = [_title(column) for column in columns]
@@ -114,6 +115,7 @@ def _first_samples(data, n, size, seed):
     labels = torch.stack([sample['labels'] for sample in samples])
     return images,labels
 
+# %% ../../nbs/vit/69_studies.ipynb #0fdac044
 def tune_subset(
     arm:Arm, # With a `level`
     seg, # The framework after the warm-up
@@ -173,6 +175,7 @@ def _plot_parts(study, data):
     _bars(ax, _means(data, 'accuracy', 'arm'), 'accuracy (%)')
     return ax
 
+# %% ../../nbs/vit/69_studies.ipynb #c63ef227
 @study('esta-parts', paper='thesis, Fig. 3.6 and 3.7', run=esta_parts_rows, check=_check_rows('arm', 'accuracy'),
        plot=_plot_parts, text=_table('accuracy', 'every', 'best', 'trained'))
 def esta_parts(s):

@@ -49,6 +49,7 @@ def kept_result(
         save_json({**result, 'seconds': seconds}, file)
     return load_json(file)
 
+# %% ../../nbs/vit/64_toys.ipynb #27d345c9
 def kept_jobs(
     folder:Path, # Where the results of jobs lie
     names, # Of arms

@@ -81,6 +81,7 @@ def _is_third(part, whole):
     n,*rest = whole
     return tuple(part) == (n//3, *rest)
 
+# %% ../../nbs/vit/60a_updates.ipynb #47ec61bb
 def _kinds(model):
     """The kind of each layer by name. Of a packed projection the parts, if they are rows; the whole, if they lie
     otherwise."""
@@ -157,6 +158,7 @@ def _check_tunable(slot):
 def _check_rank(r, what='r'):
     check_number(what, r, 1, 65_536, whole=True, advice='It is the rank of an update, or the width of an adapter.')
 
+# %% ../../nbs/vit/60a_updates.ipynb #e24e2cc7
 class Part(nn.Module):
     "What the three kinds have in common: the tensor that they change, and how they stand alone around a module."
     kind = '' # its name in reports
@@ -251,6 +253,7 @@ def _computes_as_torch(module, plain):
     if ours.shape != theirs.shape: return False
     return torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
 
+# %% ../../nbs/vit/60a_updates.ipynb #f275c5e0
 class LoRALinear(Part):
     "A low-rank update of a matrix or kernel: $W' = W + B A$ (thesis Eq. 2.5)."
     kind = 'lora'
@@ -299,6 +302,7 @@ class LoRALinear(Part):
         update = self.path(module, x)
         return _rows_add(y, update, self.rows, _features_at(module))
 
+# %% ../../nbs/vit/60a_updates.ipynb #381b7126
 def _features_at(module):
     "The dimension in which the outputs of a module lie."
     return 1 if isinstance(module, nn.Conv2d) else -1
@@ -389,6 +393,7 @@ def _attention_bias(mha, attn_mask, key_padding_mask, q, s):
         bias = pad if bias is None else bias+pad
     return bias
 
+# %% ../../nbs/vit/60a_updates.ipynb #d1ebade8
 def attend(
     mha:nn.MultiheadAttention, # Whose weights, heads and layout are taken
     project, # Function `(i, x) -> y`: query (0), key (1) or value (2) projection of `x`
@@ -430,6 +435,7 @@ def attend(
     if single: y = y.squeeze(0 if first else 1)
     return y,w
 
+# %% ../../nbs/vit/60a_updates.ipynb #ceb3d265
 def projection(
     mha:nn.MultiheadAttention, # Any, also with separate weights
     i:int, # Query (0), key (1) or value (2)
@@ -463,6 +469,7 @@ class _TunableMap(Tunable):
         return y
     def effective(self, key): return super().effective(key, lambda part: _is_beside(self, part))
 
+# %% ../../nbs/vit/60a_updates.ipynb #feda294d
 class _TunableAttention(Tunable):
     "An `nn.MultiheadAttention` with parts, in itself or in the projection at its end."
     def forward(self, query, key, value, *args, **kwargs):
@@ -493,6 +500,7 @@ class _TunableAttention(Tunable):
 
 def _must_call(part): return not part.merges or part.dropout > 0 or part.drop_path > 0
 
+# %% ../../nbs/vit/60a_updates.ipynb #7fc61ebf
 def _calls_parts(module):
     "Has a module parts that only a call of it takes into account?"
     tuned = getattr(module, 'tuned', {})
