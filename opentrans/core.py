@@ -418,11 +418,11 @@ class LayerSelection:
 
     def __repr__(self)->str:
         rule = self.rule or 'by hand'
-        return f"LayerSelection({len(self.train)} layers learn, {len(self.freeze)} rest: {rule})"
+        return f"LayerSelection({len(self.train)} layers learn, {len(self.freeze)} frozen: {rule})"
 
     def _repr_html_(self)->str:
         told = ''
-        for what,names in (('learn', self.train), ('rest', self.freeze)):
+        for what,names in (('learn', self.train), ('frozen', self.freeze)):
             listed = for_html(', '.join(names))
             told += f'<p><b>{len(names)} {what}</b>: {listed}</p>'
         return f'<details><summary>{for_html(repr(self))}</summary>{told}</details>'

@@ -236,7 +236,7 @@ def _training_value(full, e):
 
 # %% ../nbs/experiments/57_efficiency.ipynb #8b0505d5
 def _large_layers(rows, small):
-    "The layers of large alpha. That at the median rests in neither half; its alpha is not printed, its cost follows."
+    "The layers of large alpha. That at the median is in neither half; its alpha is not printed, its cost follows."
     large = [n for n in rows.index if n not in small]
     def distance(n): return abs(rows.macs[n]-.537e9),n
     median = min(large, key=distance)

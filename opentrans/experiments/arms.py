@@ -274,7 +274,7 @@ class Arm:
     # keeps their alphas, `'frameworks'` nothing besides
     tables:tuple = ('masks',)
     framework:str = '' # Where the mask is carried to; empty: that of the scale
-    freeze:float = None # Share of the layers that rest; None: that of the scale
+    freeze:float = None # Share of the layers that are frozen; None: that of the scale
     xmin:str = None # Rule for the tail; None: that of the scale
     # Below the layer: of what `select` leaves, sensitivity picks `'layer'`, `'channel'` or `'element'`, as many
     # weights as the scale's freezing of small alpha trains

@@ -7,7 +7,8 @@ __all__ = ['FRAMEWORK_TITLES', 'DETECTION_FILE', 'COURSE_FILE', 'PART_FILE', 'de
            'density_fcclip', 'density_faseg', 'LOSSES_OF', 'tower_rn', 'tower_convnext', 'tower_vit', 'frameworks',
            'frameworks_today', 'train_detector', 'detections', 'detection', 'masks', 'freezing', 'losses', 'rounds',
            'supervision', 'similarity', 'ratio', 'balance', 'training', 'unpack_pictures', 'pictures', 'look',
-           'alpha_course', 'alpha_curves', 'alpha', 'xmin', 'levels', 'methods', 'overlaps', 'overlap', 'interference']
+           'alpha_course', 'alpha_curves', 'alpha', 'xmin', 'readings', 'levels', 'methods', 'overlaps', 'overlap',
+           'interference']
 
 # %% ../../nbs/experiments/56_results.ipynb #ff2cd954
 import itertools, math
@@ -178,7 +179,7 @@ def masks(s:Study):
 # %% ../../nbs/experiments/56_results.ipynb #1aabc4c0
 @study('freezing', paper='Tab. 2', framework='mask2former')
 def freezing(s:Study):
-    "Which half of the layers should rest?"
+    "Which half of the layers should be frozen?"
     s.add(*arms_of('layers'))
     s.claim('Fine-tuning has something to learn: all layers are better than a frozen backbone',
             'dense', 'freeze the whole backbone', ('base', 'domains'), 'needed')
@@ -230,7 +231,7 @@ def similarity(s:Study):
 # %% ../../nbs/experiments/56_results.ipynb #d902443b
 @study('ratio', paper='Tab. 10', framework='mask2former', costs=True)
 def ratio(s:Study):
-    "How many layers should rest?"
+    "How many layers should be frozen?"
     s.arm('dense')
     for share in (.25, .5, .75): s.arm(f'freeze {share:.0%}', select='alpha', freeze=share)
     s.claim('Half is better than a quarter', 'freeze 50%', 'freeze 25%')
@@ -447,6 +448,18 @@ def xmin(s:Study):
     for rule in ('ks', 'paper', 'median', 'peak'): s.arm(f'xmin by {rule}', select='alpha', xmin=rule)
     for rule in ('paper', 'median', 'peak'):
         s.claim(f"The rule 'ks' is better than '{rule}'", 'xmin by ks', f'xmin by {rule}')
+
+# %% ../../nbs/experiments/56_results.ipynb #5c1b70ab
+@study('readings')
+def readings(s:Study):
+    "Which reading of the spectra, if any, earns its place?"
+    for name in ('dense', 'freeze small alpha', 'freeze large alpha (alpha*)', 'freeze at random'): s.arm(name)
+    s.arm('freeze small z', select='z', tables=('layers',))
+    half = 'To freeze the half with small z is better than'
+    s.claim(f'{half} to train all layers', 'freeze small z', 'dense')
+    s.claim(f'{half} the half with small alpha', 'freeze small z', 'freeze small alpha')
+    s.claim(f'{half} the half with large alpha', 'freeze small z', 'freeze large alpha (alpha*)')
+    s.claim(f'{half} half at random', 'freeze small z', 'freeze at random')
 
 # %% ../../nbs/experiments/56_results.ipynb #50dcbf29
 @study('levels')

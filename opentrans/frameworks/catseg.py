@@ -669,7 +669,7 @@ def class_loss(
 def attention_selection(
     model:nn.Module, # A framework or a backbone with a ViT
 )->LayerSelection:
-    "CAT-Seg's rule: queries and values learn, all else of CLIP rests. Raises `OpenTransError` without attention."
+    "CAT-Seg's rule: queries and values learn, all else of CLIP is frozen. Raises `OpenTransError` without attention."
     names = [layer.name for layer in named_layers(model)]
     tuned = '.attn.in_proj_weight[q]','.attn.in_proj_weight[v]'
     learn = [name for name in names if name.endswith(tuned)]
