@@ -181,8 +181,8 @@ def _run_study(name, flags, out, seeds, seed, scale, scheduler, pretrained, fram
     data = ex.run_study(name, out, seeds, seed, scale, scheduler, command, pretrained, framework, arms)
     summary, claims = data.get('summary'), data.get('claims')
     if summary and claims is not None:
-        arms_below = pd.DataFrame(summary).T
-        show(arms_below.iloc[:, :6], title=data['what'])
+        table = pd.DataFrame(summary).T
+        show(table.iloc[:, :6], title=data['what'])
     if claims:
         columns = ['claim', 'measured', 'mean', 'low', 'high', 'verdict']
         told = pd.DataFrame(claims)[columns].round(2)

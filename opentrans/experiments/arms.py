@@ -607,7 +607,6 @@ def _maybe_below(arm, seg, selection, scale, data, seed):
     if not arm.level: return contextlib.nullcontext()
     return tune_below(arm, seg, selection, scale, data, seed=seed)
 
-
 def _measure_arm(arm, scale, seed, folder, keep, run):
     "Fine-tune an arm, measure all that its tables show, and write it."
     done,tower,alphas = _files(folder, arm, scale)

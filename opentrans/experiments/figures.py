@@ -129,6 +129,7 @@ def _by_kind(arms):
         kind = _kind(arm.name)
         names.setdefault(kind, []).append(arm.name)
     return names
+
 def _plot_in_frameworks(frame, arms, what, ax):
     "Bars of mIoU of the arms in each framework, on one group of classes."
     is_shown = frame.arm.isin([arm.name for arm in arms])

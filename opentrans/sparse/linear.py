@@ -65,13 +65,13 @@ class NativeLinear:
     def _refresh(self):
         state = [(t.data_ptr(), t._version) for t in self._tensors()]
         if state == self.state: return
-        self.state = state
         weight = self.layer.weight.detach().numpy().copy()
         if self.layer.bias is None: bias = np.zeros(len(weight), np.float32)
         else: bias = self.layer.bias.detach().numpy().copy()
         conv = Conv('x', 'y', weight[:, :, None, None], bias, name='linear')
         self.region = Region(['x'], ['y'], [conv])
         self.plans.clear()
+        self.state = state # the last: it says that region and plans are of these weights
 
     @torch.no_grad()
     def _compute(self, rows):
