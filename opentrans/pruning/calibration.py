@@ -92,7 +92,7 @@ class InputSums:
         x = _batched(self.layer, x.detach())
         size = self._images_at_once(x)
         parts = x.split(size)
-        if other is None: others = [None]*len(parts)
+        if other is None: others = [None]*len(x) # none for an input without images, which is not seen
         else: others = _batched(self.layer, other.detach()).split(size)
         for part,beside in zip(parts, others):
             rows = input_rows(self.layer, part.float())

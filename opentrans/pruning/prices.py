@@ -31,9 +31,9 @@ def _slopes(times):
     few,many = times
     more_weights = (many.kept - few.kept).clip(lower=1)
     more_ms = many.ms - few.ms
-    mean_ms = many.ms/many.kept.clip(lower=1)
     slope = more_ms/more_weights
-    return slope.clip(lower=_LEAST*mean_ms)
+    least = _LEAST*many.ms/many.kept.clip(lower=1)
+    return slope.clip(lower=least)
 
 @delegates(prunable)
 def clock_prices(

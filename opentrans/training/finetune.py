@@ -285,8 +285,9 @@ class _CheckpointParts(_CheckpointFile):
         check_like(state, like, self.path, "optimizer's state")
         for name,tensor in state.items():
             is_step = name.endswith('.step')
-            is_no_sum = (is_step or name.endswith('.exp_avg_sq')) and tensor.numel() and float(tensor.min()) < 0
-            if is_no_sum or is_step and float(tensor) > iteration:
+            has_no_sign = is_step or name.endswith('.exp_avg_sq')
+            is_negative = has_no_sign and tensor.numel() and float(tensor.min()) < 0
+            if is_negative or is_step and float(tensor) > iteration:
                 raise self._damaged("its optimizer's state cannot be of so many steps")
 
     def _scaler_state(self, meta, scaler):

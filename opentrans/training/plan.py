@@ -201,8 +201,9 @@ def plan_run(
     gradients = _bytes_of(framework.parameters())
     buckets = gradients if processes > 1 else 0 # in which gradients travel
     device = device_of(framework)
+    room = device_room(device)
     load_per_image = _load_seconds(framework, data, recipe, samples)
     return RunPlan(iterations=recipe.iterations, images=len(data), batch_size=recipe.batch_size,
                    processes=processes, accumulate=recipe.accumulate, fixed=measured+weights+buckets,
-                   per_image=per_image, room=device_room(device), device=str(device), step_fixed=step_fixed,
+                   per_image=per_image, room=room, device=str(device), step_fixed=step_fixed,
                    step_per_image=step_per_image, load_per_image=load_per_image, workers=recipe.workers)
