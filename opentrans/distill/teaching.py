@@ -175,7 +175,7 @@ class _TrainerSettings:
         self.settings['teacher'] = weights[7:23] # behind 'sha256:'
 
     def _found_teacher(self):
-        "The teacher, in eval mode. Raises `OpenTransError` for one of other embeddings, or of weights that are none."
+        "The teacher, in eval mode. Raises `OpenTransError` for embeddings of another width, or weights not finite."
         teacher = self.teacher
         if teacher is None: teacher = self.clip.fresh_copy().requires_grad_(False)
         teacher = find_backbone(teacher).eval()

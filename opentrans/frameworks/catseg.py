@@ -478,8 +478,8 @@ class WindowMeans(Scores):
         self.maps = maps.unflatten(0, (looks, -1))
         self.places = places
         self.side = side
-        classes = self.maps.shape[1]
-        self._hold(classes, maps.shape[1], size)
+        batch = self.maps.shape[1]
+        self._hold(batch, maps.shape[1], size)
         square = self.batch*side*side
         self.pixels = max(self.pixels, square)
 

@@ -39,8 +39,7 @@ class Pyramid(ASPP):
         self.project[-1].p = dropout
 
     def forward(self, x:torch.Tensor)->torch.Tensor: # (B,channels,h,w) -> (B,width,h,w)
-        has_spread = len(x) > 1 # one image has one mean: no variance to normalise by
-        learns = self.training and has_spread
+        learns = self.training and len(x) > 1 # one image has one mean: no variance to normalise by
         self.convs[-1].train(learns)
         return super().forward(x)
 

@@ -133,9 +133,9 @@ class OpenTransCLIP(_PartlyFrozen):
         self.frozen = frozen
         self.bgr = input_format == 'BGR'
         scale,shift = _to_clip(clip, pixel_mean, pixel_std, input_format)
-        keeps_size = (scale == 1).all()
-        keeps_place = (shift == 0).all()
-        self.same = bool(keeps_size and keeps_place)
+        keeps_scale = (scale == 1).all()
+        keeps_zero = (shift == 0).all()
+        self.same = bool(keeps_scale and keeps_zero)
         self.register_buffer('scale', scale, persistent=False)
         self.register_buffer('shift', shift, persistent=False)
         self._freeze()

@@ -248,9 +248,9 @@ def register_catalog(
         if category.get('isthing', 1): things[number] = place[number]
     folders = _folders(coco, split)
     labels = str(coco/f'panoptic_semseg_{split}2017')
+    about = _about(data, things)
     def entries(): return _catalog_entries(written, folders, labels, place, things)
     catalogs.DatasetCatalog.register(name, entries)
-    about = _about(data, things)
     catalogs.MetadataCatalog.get(name).set(
         **about, **folders, thing_dataset_id_to_contiguous_id=things, stuff_dataset_id_to_contiguous_id=place)
     def free():

@@ -44,6 +44,7 @@ def foreground(
     inside = inside == legacy
     size = inside.sum(-1, keepdim=True) + 1e-6
     return inside.to(logits)/size
+
 class DynamicFocusQuery(nn.Module):
     "Positional queries from where the block before has looked (DFPQ, Eq. 5.2)."
     def __init__(self,

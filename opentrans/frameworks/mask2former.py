@@ -263,8 +263,8 @@ class Mask2Former(_GroundedQueries):
             distance = self.distill(queries, matched, images, regions, names)
             losses['kd'] = self.kd*distance
         if self.grounding and 'nouns' in batch:
-            distance = self.ground(queries, matched, batch['nouns'])
-            losses['grounding'] = self.grounding*distance
+            of_captions = self.ground(queries, matched, batch['nouns'])
+            losses['grounding'] = self.grounding*of_captions
         return losses
 
 # %% ../../nbs/frameworks/33_mask2former.ipynb #f7c2420d

@@ -41,9 +41,11 @@ def resized_sides(sides, before, after):
     moved = []
     for old,new,side in zip(before, after, sides): moved.append(spread(old, new, side) @ side)
     return tuple(moved)
+
 def cut_sides(sides, height, width):
     rows,columns = sides
     return rows[:height],columns[:width]
+
 def mirrored_sides(sides):
     rows,columns = sides
     return rows,columns.flip(0)

@@ -65,8 +65,7 @@ class FusionStep(nn.Module):
         batch,_,count = volume.shape[:3]
         x = volume.transpose(1, 2).flatten(0, 1)
         x = self.up(x)
-        guide = guide.repeat_interleave(count, 0)
-        x = torch.cat([x, guide, costs.flatten(0, 1)], 1)
+        x = torch.cat([x, guide.repeat_interleave(count, 0), costs.flatten(0, 1)], 1)
         x = self.conv(x)
         x = x.unflatten(0, (batch, count))
         return x.transpose(1, 2)
