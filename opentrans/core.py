@@ -249,8 +249,8 @@ def layers_of(
         keys = [key for of_layer in module._all_weights for key in of_layer]
         return _layers(dot, module, [key for key in keys if key.startswith('weight')], 'recurrent')
     if isinstance(module, nn.RNNCellBase): return _layers(dot, module, ('weight_ih', 'weight_hh'), 'recurrent')
-    says_how_experts_lie = isinstance(getattr(module, 'is_transposed', None), bool)
-    return _experts(dot, module) if says_how_experts_lie else []
+    has_experts = isinstance(getattr(module, 'is_transposed', None), bool)
+    return _experts(dot, module) if has_experts else []
 
 def layers(
     model:nn.Module, # Any model; names are read in its tower (`find_tower`), and wrappers are no part of them

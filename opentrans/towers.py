@@ -169,6 +169,7 @@ _OF_TRANSFORMERS = ('classifier', 'cls_classifier', 'distillation_classifier', '
 
 def _comes_from(module, package):
     return any(cls.__module__.startswith(package) for cls in type(module).__mro__)
+
 def _classifiers(module):
     "The classifier of a model of a library, as its child modules."
     if callable(getattr(module, 'get_classifier', None)):

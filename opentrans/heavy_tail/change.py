@@ -19,7 +19,7 @@ ADAPTER_WEIGHTS = ('delta', 'merged') # of weights that `adapters` gives: B A, a
 def _of_peft(name, module):
     "(name, B A, W0) of a layer of the package peft: the sum of its active adapters."
     tables = getattr(module, 'lora_embedding_A', ())
-    active = [name for name in module.active_adapters if name in module.lora_A or name in tables]
+    active = [adapter for adapter in module.active_adapters if adapter in module.lora_A or adapter in tables]
     deltas = [module.get_delta_weight(adapter) for adapter in active]
     if deltas: yield f'{name}.weight', sum(deltas), module.get_base_layer().weight
 
