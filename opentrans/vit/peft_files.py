@@ -207,9 +207,9 @@ def _hf_lora(name, module):
     "A module's low-rank updates as peft names them: (rank, tensors, the parts that are in them)."
     tuned = getattr(module, 'tuned', {})
     parts = [p for p in tuned.values() if _hf_ready(p)]
-    is_packed = getattr(module, 'in_proj_weight', None) is not None
+    if not parts: return 0,{},[]
     is_map = isinstance(module, (nn.Linear, nn.Conv2d))
-    if not parts or not is_map and not is_packed: return 0,{},[]
+    if not is_map and getattr(module, 'in_proj_weight', None) is None: return 0,{},[]
     is_attention = isinstance(module, nn.MultiheadAttention)
     A,B = _whole_lora(parts, module, 'in_proj_weight' if is_attention else 'weight')
     if isinstance(module, nn.Conv2d):

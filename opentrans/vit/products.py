@@ -295,8 +295,7 @@ def stitch_on(
         models = [tuned(model, rank) for model,rank in zip(models, ranks)]
     with seeded(seed):
         net = StitchableNet(models)
-        images = _some(train, 100, device_of(models[0]))
-        net.init_stitches(images)
+        net.init_stitches(_some(train, 100, device_of(models[0])))
         apply_pst(net, ranks, kind=kind, **pst)
     table = stitch_table(net, size)
     sampler = StitchSampler(table.flops, points, seed=seed)

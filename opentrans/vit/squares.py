@@ -79,7 +79,7 @@ class _ConvRule(_Rule):
         "What the kernel sees at each place: (features, places of all images)."
         m = self.m
         down,right = m.stride
-        is_pointwise = m.weight.shape[2:] == (1, 1)
+        is_pointwise = m.kernel_size == (1, 1)
         if is_pointwise: seen = x[:, :, ::down, ::right].flatten(2)
         else: seen = F.unfold(x, m.kernel_size, m.dilation, 0, m.stride)
         return seen.movedim(0, 1).flatten(1)

@@ -371,8 +371,7 @@ class SparseDelta(Part):
         self.register_buffer('idx', places.to(self.delta.device))
 
     def change(self, w):
-        rows,columns = self.idx
-        flat = rows*self.matrix[1] + columns
+        flat = self.idx[0]*self.matrix[1] + self.idx[1]
         changed = w.reshape(-1).scatter_add(0, flat, self.delta.to(w.dtype))
         return changed.view(w.shape)
     def around(self, module, x, y): return _call_with(module, x, weight=self.onto(module.weight))
