@@ -184,9 +184,9 @@ def _row_from_json(row):
     return {name: float(value) if isinstance(value, str) else value for name,value in row.items()}
 
 # %% ../../nbs/01d2_round_files.ipynb #b7bde421
-# A run of `imp` is one class, built up in six steps, each on the one before: what it knows (`_ImpState`), what it
-# writes (`_Writing`), what it reads of each file (`_ReadingFiles`) and of all of them (`_Reading`), how it begins and
-# rewinds (`_Rewinding`), and in the module of `imp` how it holds its folder (`_ImpRun`).
+# A run of `imp` is one class, built up step by step, each on the one before: what it knows (`_ImpState`), writes
+# (`_Writing`), checks (`_Checking`) and reads (`_ReadingFiles`, `_Reading`), how it begins and rewinds (`_Rewinding`),
+# and in the module of `imp` how it holds its folder (`_ImpRun`).
 class _ImpState:
     """What a run of `imp` knows, and the files in its folder: `imp.safetensors` with the last whole round,
     `round.safetensors` within the next one, `start.safetensors` to rewind to; also `settings.json`, for people."""
@@ -240,9 +240,8 @@ class _Writing(_ImpState):
         self.whole_file.save(tensors, self.must_be_finite, history=rows, ran=self.origin())
         self.part_file.path.unlink(missing_ok=True) # that round is whole now
 
-# %% ../../nbs/01d2_round_files.ipynb #5cff4a99
-class _ReadingFiles(_Writing):
-    "The two files beside the whole round, and what is checked in every file."
+class _Checking(_Writing):
+    "What is checked in every file that a run reads."
     def _same_start(self, file, meta):
         "The `_Origin` in a file. Raises `OtherRun` if it is of a run that began with other weights."
         origin = metadata_value(meta, 'ran', _Origin, file.path)
@@ -257,6 +256,16 @@ class _ReadingFiles(_Writing):
         others = {name: t for name,t in state.items() if name not in self.infinite}
         check_finite(others, f"the weights in '{path}'", 'Delete it to begin again, or choose another folder.')
 
+    def _warn_of_other_machine(self, was):
+        "Warns if the run goes on by another `machine` than it `was` on."
+        now = self.machine()
+        if was == now: return
+        warnings.warn(f"The run in '{self.folder}' was on {was} and goes on with {now}: "
+                      "sums may differ in their last bits, and the mask in a few places.")
+
+# %% ../../nbs/01d2_round_files.ipynb #5cff4a99
+class _ReadingFiles(_Checking):
+    "The two files beside the whole round."
     def _read_round(self, done):
         """The checkpoint within the next round: model, tensors and values of the training, digest of the weights
         that the round began with. None if there is none, or one of another round."""
@@ -301,12 +310,6 @@ class _Reading(_ReadingFiles):
         found = [(row.get('round'), row.get('kept'), row.get('density')) for row in rows]
         if found == expected and all('threshold' in row for row in rows): return rows
         raise IMP_FILE.damaged(self.whole_file.path, 'its history is not that of its schedule')
-
-    def _warn_of_other_machine(self, was):
-        now = self.machine()
-        if was == now: return
-        warnings.warn(f"The run in '{self.folder}' was on {was} and goes on with {now}: "
-                      "sums may differ in their last bits, and the mask in a few places.")
 
     def _read(self, mask):
         """The last whole round, checked in all its parts: state, mask, history, memory of the training; and what
