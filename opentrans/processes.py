@@ -99,10 +99,11 @@ class Processes(Group):
                 f"only the kind, e.g. 'cuda'.")
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
-        told = None if AcceleratorState._shared_state else 'no' # precision is the recipe's
+        # mixed precision is the recipe's affair; where accelerate has a state already, it must not be told another
+        mixed_precision = None if AcceleratorState._shared_state else 'no'
         on_cpu = asked is not None and asked.type == 'cpu'
         wrapping = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=told, kwargs_handlers=[wrapping])
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, kwargs_handlers=[wrapping])
         self.rank = self.accelerator.process_index
         self.device = self.accelerator.device
 
@@ -140,9 +141,9 @@ class Processes(Group):
         own[:len(rows)] = rows.detach()
         parts = [torch.empty_like(own) for _ in counts]
         dist.all_gather(parts, own)
-        live = _Times.apply(rows, self.n) if rows.requires_grad else rows
+        with_graph = _Times.apply(rows, self.n) if rows.requires_grad else rows
         of_all = [part[:count] for part,count in zip(parts, counts)]
-        of_all[self.rank] = live
+        of_all[self.rank] = with_graph
         return torch.cat(of_all)
 
     def shard(self, order:Any)->Any: # A sampler of batches
@@ -165,18 +166,18 @@ class Processes(Group):
         if self.n == 1: return framework,Handle()
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if norms else ()
         places = [place for kind in kinds for place in _places_of(framework, kind)]
-        cuda = self.device.type == 'cuda'
+        on_cuda = self.device.type == 'cuda' # torch's norms of all processes are for CUDA; ours serve elsewhere
         for parent,name,norm in places:
-            if cuda: setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
-            else: norm.forward = _norm_of_all.__get__(norm)
+            if on_cuda: setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+            else: norm.forward = _norm_forward.__get__(norm) # a method of this norm alone
         def undo():
             for parent,name,norm in places:
-                if cuda:
+                if on_cuda:
                     norm.load_state_dict(getattr(parent, name).state_dict())
                     setattr(parent, name, norm)
                 else: del norm.forward
             self.accelerator.free_memory()
-        return self.accelerator.prepare_model(_Loss(framework)),Handle(undo)
+        return self.accelerator.prepare_model(_LossAsForward(framework)),Handle(undo)
 
 # %% ../nbs/00_processes.ipynb #ef966437
 class _Times(torch.autograd.Function):
@@ -189,9 +190,13 @@ class _Times(torch.autograd.Function):
     def backward(ctx, grad): return grad*ctx.times, None
 
 # %% ../nbs/00_processes.ipynb #28bdbe01
-def _channel(x): return [1, -1, *[1]*(x.ndim-2)] # the shape of a number for each channel
+def _shape_of_channels(x):
+    "The shape in which one number for each channel fits a tensor."
+    return [1, -1, *[1]*(x.ndim-2)]
 
-def _but_channels(x): return [axis for axis in range(x.ndim) if axis != 1]
+def _but_channels(x):
+    "The axes of a tensor but that of its channels."
+    return [axis for axis in range(x.ndim) if axis != 1]
 
 def _moments(x):
     """Mean and variance of each channel over all processes, and the number of values a channel. Raises
@@ -213,7 +218,7 @@ def _moments(x):
     return mean, variance, total
 
 # %% ../nbs/00_processes.ipynb #2248f59e
-class _NormOfAll(torch.autograd.Function):
+class _Normalise(torch.autograd.Function):
     """Normalise each channel by its mean and variance over all processes; their gradient is that of the whole
     batch, too."""
     @staticmethod
@@ -221,27 +226,28 @@ class _NormOfAll(torch.autograd.Function):
         inverse = (variance+eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, inverse, total)
         scale = inverse*weight
-        shape = _channel(x)
+        shape = _shape_of_channels(x)
         return torch.addcmul((bias-mean*scale).view(shape), x, scale.view(shape))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, inverse, total = ctx.saved_tensors
-        shape = _channel(x)
+        shape = _shape_of_channels(x)
         axes = _but_channels(x)
         normal = (x-mean.view(shape)).mul_(inverse.view(shape))
-        own = torch.stack([grad.sum(axes), (grad*normal).sum(axes)])
-        both = own.clone()
-        dist.all_reduce(both)
-        plain, along = both/total
-        back = grad - plain.view(shape)
-        back.sub_(normal.mul_(along.view(shape)))
-        back.mul_((inverse*weight).view(shape))
-        return back, own[1], own[0], None, None, None, None
+        own_sums = torch.stack([grad.sum(axes), (grad*normal).sum(axes)])
+        sums = own_sums.clone()
+        dist.all_reduce(sums)
+        mean_grad, mean_product = sums/total
+        grad_x = grad - mean_grad.view(shape)
+        grad_x.sub_(normal.mul_(mean_product.view(shape)))
+        grad_x.mul_((inverse*weight).view(shape))
+        grad_bias,grad_weight = own_sums # wrapped models take the mean over processes by themselves
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 # %% ../nbs/00_processes.ipynb #e86b6580
-def _norm_of_all(norm, x):
-    "What a batch norm gives when several processes share its batch."
+def _norm_forward(norm, x):
+    "The `forward` of a batch norm when several processes share its batch."
     if not norm.training: return type(norm).forward(norm, x)
     norm._check_input_dim(x)
     wide = x.float()
@@ -249,16 +255,16 @@ def _norm_of_all(norm, x):
     if norm.track_running_stats:
         with torch.no_grad():
             norm.num_batches_tracked += 1
-            part = 1/float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-            norm.running_mean.lerp_(mean, part)
-            norm.running_var.lerp_(variance*total/(total-1), part)
+            share = 1/float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean, share)
+            norm.running_var.lerp_(variance*total/(total-1), share)
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight
     bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
-    return _NormOfAll.apply(wide, weight, bias, mean, variance, total, norm.eps).to(x.dtype)
+    return _Normalise.apply(wide, weight, bias, mean, variance, total, norm.eps).to(x.dtype)
 
 # %% ../nbs/00_processes.ipynb #8ab6ef00
-class _Loss(nn.Module):
-    "What a data-parallel wrapper calls."
+class _LossAsForward(nn.Module):
+    "A framework whose `forward` gives its losses, as a data-parallel wrapper calls nothing else."
     def __init__(self, framework):
         super().__init__()
         self.framework = framework
@@ -295,24 +301,26 @@ def train_step(
 )->dict:
     "One step: losses, gradients, clipping, optimizer."
     opt.zero_grad(set_to_none=True)
-    losses = getattr(framework, 'loss', framework)
-    hold_back = getattr(framework, 'no_sync', contextlib.nullcontext)
+    losses = getattr(framework, 'loss', framework) # a wrapper gives losses when it is called
+    no_sync = getattr(framework, 'no_sync', contextlib.nullcontext) # of a wrapper: gradients stay this process's own
     parts = min(recipe.accumulate, len(batch['images']))
-    precision = dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision)
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision)
     device = batch['images'].device.type
-    is_mixed = precision is not None
+    is_mixed = dtype is not None
     sums = {}
     for i in range(parts):
         # gradients are averaged over processes once, with the last part
-        with hold_back() if i < parts-1 else contextlib.nullcontext():
-            with torch.autocast(device, precision, enabled=is_mixed):
+        is_last = i == parts-1
+        with contextlib.nullcontext() if is_last else no_sync():
+            with torch.autocast(device, dtype, enabled=is_mixed):
                 terms = losses(batch if parts == 1 else _part(batch, i, parts))
             total = sum(terms.values())/parts
             own_values = torch.stack([term.detach().float() for term in terms.values()])
             values = mean(own_values.tolist())
             for name,value in zip(terms, values): sums[name] = sums.get(name, 0.) + value/parts
             if not all(map(math.isfinite, values)): return sums
-            (scaler.scale(total) if scaler else total).backward()
+            if scaler: total = scaler.scale(total)
+            total.backward()
     if recipe.clip_grad:
         if scaler: scaler.unscale_(opt)
         params = [param for group in opt.param_groups for param in group['params']]

@@ -145,11 +145,11 @@ def test_threads_change_nothing(threads):
 
 def test_large_networks_in_batches(monkeypatch):
     "What is solved together does not depend on how many layers wait."
-    from opentrans.heavy_tail.spectra import _Work
+    from opentrans.heavy_tail.spectra import _Queue
     model = net(widths=(32,)*8)
     whole = analyze(model, skip=())
-    init = _Work.__init__
-    monkeypatch.setattr(_Work, '__init__', lambda self, *a: init(self, *a, most=1500))
+    init = _Queue.__init__
+    monkeypatch.setattr(_Queue, '__init__', lambda self, *a: init(self, *a, most=1500))
     same(whole, analyze(model, skip=()))
 
 # Differences

@@ -180,7 +180,7 @@ def test_a_damaged_study_is_refused_or_shown(tmp_path, name):
     def read(target, path):
         data = ex.load_study(name, path)
         ex.claims_table(ex.claims_frame(data['claims']))
-        ex.registry._told_of(ex.get_study(name), data)
+        ex.registry._paragraphs(ex.get_study(name), data)
         if name == 'pictures': ex.figures._check_answers(ex.unpack_pictures(data['more']), world)
     check_reader(good, read)
 
@@ -347,7 +347,7 @@ def test_alpha_is_read_before_or_under_the_mask(tmp_path, one_thread):
 
 def test_a_mask_that_comes_late_is_waited_for(tmp_path):
     "An arm whose warm-up needs no mask still needs the mask itself."
-    jobs = ex.jobs._plan(_smoke('dense'), 0, tmp_path, _TWO)
+    jobs = ex.jobs._seed_jobs(_smoke('dense'), 0, tmp_path, _TWO)
     needs = {k: deps for k,(deps,*_) in jobs.items()}
     sparse = next(k for k in needs if k[1] == 'arm' and 'then distilled' in k[2])
     assert (0, 'imp', 'distilled') in needs[sparse] and not needs[next(k for k in needs if k[1] == 'start')]

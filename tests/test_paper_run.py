@@ -33,11 +33,11 @@ def test_studies_of_the_paper_look_as_the_command_does():
     from opentrans.cli.defaults import _looks
     for framework in ('deeplabv3', 'fcclip'):
         for name, data in (('val', 'coco_panoptic'), ('cityscapes_19', 'cityscapes_19')):
-            looks = arms._looks(COCO, name, framework)
+            looks = arms._evaluation_options(COCO, name, framework)
             assert looks == _looks(framework, data, False, workers=4, device='cpu')
             assert looks | released_size(framework, data) == looks
-    assert arms._looks(COCO, 'val', '') == arms._looks(COCO, 'val', 'deeplabv3')
-    assert arms._looks(ex.SCALES['shapes'], 'val', '') == {}
+    assert arms._evaluation_options(COCO, 'val', '') == arms._evaluation_options(COCO, 'val', 'deeplabv3')
+    assert arms._evaluation_options(ex.SCALES['shapes'], 'val', '') == {}
 
 def test_studies_of_the_paper_put_names_into_the_prompts_of_the_framework(monkeypatch):
     "Bare names, and FC-CLIP's own; the data sets that the arms share stay as they are."

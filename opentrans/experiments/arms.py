@@ -88,7 +88,9 @@ def read_rounds(folder:str|Path):
     return found
 
 # %% ../../nbs/experiments/51_arms.ipynb #32aa25a9
-def _file_name(words): return ''.join(c if c.isalnum() else '-' for c in words)
+def _file_name(words):
+    "A text as part of the name of a file: '-' for all but letters and digits."
+    return ''.join(c if c.isalnum() else '-' for c in words)
 
 MASKS = ('distilled', 'magnitude', 'snip', 'random', 'random, layer-matched')
 # other methods: name -> function (clip, data, scale, density, seed, folder) that gives a mask; a page adds its own
@@ -127,19 +129,20 @@ class MaskRecipe:
         if isinstance(self.iters, float): given['iters'] = max(1, round(self.iters*scale.imp_iters))
         return {name: value for name,value in given.items() if value not in (None, usual[name])}
 
-    def _told(self, scale:Scale)->list:
+    def _overrides_in_words(self, scale:Scale)->list:
         "The settings that differ from the scale's, in words."
         return [f'{name}={value}' for name,value in self.overrides(scale).items()]
 
     def id(self, scale:Scale)->str:
-        "What is found by this recipe, in words: the name of its files."
+        """What `find_mask` finds by this recipe, in words: the name of its files. A mask that is only layer-matched to
+        the one of Algorithm 1 has that one's name."""
         method = _file_name(self.method) if self.method in FINDERS else 'distilled'
-        return '-'.join([method, *self._told(scale)])
+        return '-'.join([method, *self._overrides_in_words(scale)])
 
     def words(self, scale:Scale)->str:
         "The mask in words."
         if self.method == 'distilled' or self.method in FINDERS: return self.id(scale)
-        return ', '.join([self.method, *self._told(scale)])
+        return ', '.join([self.method, *self._overrides_in_words(scale)])
 
 def as_recipe(
     mask:MaskRecipe|str|None, # A `MaskRecipe`, one of `MASKS`, or None for a dense tower
@@ -149,6 +152,7 @@ def as_recipe(
 
 # %% ../../nbs/experiments/51_arms.ipynb #32aa25aa
 def _trainer(clip, data, scale, **kw):
+    "What distills a CLIP at a scale."
     crop = scale.imp_crop or None
     return DistillTrainer(clip, data, lr=scale.imp_lr, batch_size=scale.imp_batch, student_mode=scale.imp_student,
                           crop=crop, workers=scale.loaders, **kw)
@@ -159,7 +163,8 @@ def build_framework(framework:str|None, clip:ClipBackbone, vocabulary:Vocabulary
     with seeded(seed): return build(name, clip, vocabulary=vocabulary, preset=scale.preset, **scale.options(name))
 
 def _distilled_model(scale, seed, given, vocabulary):
-    "The CLIP that is distilled, and what is trained: itself, or a framework where its own loss counts, too."
+    """(CLIP that is distilled, model that is trained): the model is that CLIP, or a framework around it if the recipe
+    gives the framework's own loss a weight."""
     if not given.get('segmentation'):
         clip = open_clip_of(scale)
         return clip,clip
@@ -168,7 +173,7 @@ def _distilled_model(scale, seed, given, vocabulary):
     return clip,build_framework(framework, clip, vocabulary, scale, seed)
 
 def _schedule_of(given, density, p):
-    "The densities of gradual pruning, in as many rounds as Algorithm 1 has; None is Algorithm 1's own schedule."
+    "The densities of gradual pruning, in as many rounds as Algorithm 1 has; None for Algorithm 1's own schedule."
     if given.get('schedule') != 'cubic': return None
     rounds = len(geometric_schedule(density, p))
     return cubic_schedule(density, rounds)
@@ -188,8 +193,8 @@ def find_mask(
     folder = Path(folder)
     if recipe.method in FINDERS: return _find_otherwise(scale, seed, folder, recipe)
     name = recipe.id(scale)
-    run = folder/f'imp-{name}'
-    afresh = not run.exists()
+    run_folder = folder/f'imp-{name}'
+    afresh = not run_folder.exists()
     began = time.process_time()
     given = recipe.overrides(scale)
     data = open_world(scale, seed)['train']
@@ -201,19 +206,19 @@ def find_mask(
     p = given.get('p', scale.p)
     schedule = _schedule_of(given, density, p)
     mask,history = imp(model, train, density=density, p=p, seed=seed, rewind=given.get('rewind'), schedule=schedule,
-                       checkpoint_dir=run)
+                       checkpoint_dir=run_folder)
     if not Group().main: return
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
     columns = history.drop(columns='seconds', errors='ignore').to_dict('list')
-    rounds = f'imp-{name}.json' if given else 'imp.json'
-    save_json(columns, folder/rounds, ROUNDS_FILE)
+    history_file = f'imp-{name}.json' if given else 'imp.json'
+    save_json(columns, folder/history_file, ROUNDS_FILE)
     seconds = time.process_time()-began if afresh else None
     looked_at = len(history)*train.iterations*train.batch_size
     images = min(len(data), looked_at)
-    _keep_found(folder, name, mask, seconds, images)
+    _write_found(folder, name, mask, seconds, images)
 
 # %% ../../nbs/experiments/51_arms.ipynb #32aa25ac
-def _keep_found(folder, name, mask, seconds, images):
+def _write_found(folder, name, mask, seconds, images):
     "Write a mask, and what it took to find: seconds of the processor (None after an interruption) and images."
     save_json(dict(seconds=seconds, images=images), folder/f'found-{name}.json', FOUND_FILE)
     mask.save(folder/f'{name}.safetensors')
@@ -224,14 +229,14 @@ def _find_otherwise(scale, seed, folder, recipe):
     data = open_world(scale, seed)['train']
     density = recipe.overrides(scale).get('density', scale.density)
     name = recipe.id(scale)
-    run = folder/f'run-{name}'
-    afresh = not run.exists()
+    run_folder = folder/f'run-{name}'
+    afresh = not run_folder.exists()
     began = time.process_time()
     find = FINDERS[recipe.method]
-    with seeded(seed): mask = find(clip, data, scale, density, seed, run)
+    with seeded(seed): mask = find(clip, data, scale, density, seed, run_folder)
     seconds = time.process_time()-began if afresh else None
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
-    _keep_found(folder, name, mask, seconds, mask.info.get('images'))
+    _write_found(folder, name, mask, seconds, mask.info.get('images'))
 
 # %% ../../nbs/experiments/51_arms.ipynb #0eb78d06
 def _snip_mask(scale, seed, density):
@@ -291,7 +296,7 @@ class Arm:
         return scale.alpha_of == 'dense' and self.mask is not None and by_spectra
 
     def start(self, scale:Scale)->str:
-        "What it begins with, in words; arms that begin alike share their warm-up."
+        "What fine-tuning begins with, in words: framework, mask and tower. Arms that begin alike share their warm-up."
         where = [self.framework] if self.framework not in ('', scale.framework) else []
         begins_dense = self.mask is None or self.late(scale)
         mask = 'dense' if begins_dense else self.mask.words(scale)
@@ -299,20 +304,20 @@ class Arm:
         return ', '.join([*where, mask, tower])
 
     def key(self, scale:Scale)->str:
-        "What is done, in words: all settings, and not the name."
+        "All that is done, in words: settings alone, not the name. Arms with equal keys are one run."
         words = [self.start(scale)]
         if self.late(scale): words.append(f'then {self._late_mask(scale)}')
-        by_rule = self.select in (*SELECTION_RULES, *READINGS)
+        takes_share = self.select in (*SELECTION_RULES, *READINGS)
         share = self.freeze or scale.freeze
-        words.append(f'{self.select} {share:g}' if by_rule else self.select)
-        has_tail = self.select.startswith('alpha') or self.select in READINGS
-        if has_tail: words.append(self.xmin or scale.xmin)
+        words.append(f'{self.select} {share:g}' if takes_share else self.select)
+        takes_xmin = self.select.startswith('alpha') or self.select in READINGS
+        if takes_xmin: words.append(self.xmin or scale.xmin)
         if self.level: words.append(self.level)
         return ', '.join(words)
 
     def _late_mask(self, scale):
         "The mask that is adopted after the warm-up, in words."
-        return ', '.join([self.mask.method, *self.mask._told(scale)])
+        return ', '.join([self.mask.method, *self.mask._overrides_in_words(scale)])
 
 # %% ../../nbs/experiments/51_arms.ipynb #8d54c387
 ARMS = (Arm('dense', tables=('masks', 'layers', 'frameworks')),
@@ -367,10 +372,12 @@ def open_arm(
     return build_framework(arm.framework, clip, vocabulary, scale, seed),mask
 
 def start_file(folder:str|Path, arm:Arm, scale:Scale):
+    "Where the weights lie that `warm_up` leaves for an arm."
     start = _file_name(arm.start(scale))
     return Path(folder)/f'start-{start}.safetensors'
 
 def arm_file(folder:str|Path, arm:Arm, scale:Scale, what:str='arm', kind:str='json'):
+    "Where a file of an arm lies: `what` it holds begins its name, and its settings follow."
     key = _file_name(arm.key(scale))
     return Path(folder)/f'{what}-{key}.{kind}'
 
@@ -384,6 +391,7 @@ def checkpoints(file:str|Path, scale:Scale):
 
 # %% ../../nbs/experiments/51_arms.ipynb #49a3bfe9
 def maybe_mask(mask:SparseMask|None, seg:Framework):
+    "A block in which a mask, if there is one, is in force."
     return contextlib.nullcontext() if mask is None else mask.apply(seg.backbone)
 
 def warm_up(
@@ -395,15 +403,16 @@ def warm_up(
     "Train all layers for a while (Sec. 3.3.1, Fig. 4), for all arms with this start."
     seg,mask = open_arm(arm, scale, seed, folder)
     file = start_file(folder, arm, scale)
-    with checkpoints(file, scale) as run:
+    with checkpoints(file, scale) as options:
         data = world_of(scale, seed, arm.framework)['train']
         iterations,_ = scale.steps(arm.framework)
         recipe = scale.recipe(iterations, 'constant', seed, arm.framework)
         in_force = None if arm.late(scale) else mask
-        with maybe_mask(in_force, seg): finetune(seg, data, recipe, **run)
+        with maybe_mask(in_force, seg): finetune(seg, data, recipe, **options)
         if Group().main: save_tensors(seg.state_dict(), file, kind=WEIGHTS_FILE)
 
-def no_warm_up(*args): pass
+def no_warm_up(*args):
+    "Nothing, in place of `warm_up`, for frameworks that learn in one run."
 
 def open_warm(arm:Arm, scale:Scale, seed:int, folder:str|Path)->tuple: # As `open_arm`
     "The framework of an arm as `warm_up` left it."
@@ -516,21 +525,21 @@ def _predictions(seg, data, n):
     is_few = len(data.vocabulary) < 256
     return classes.to(torch.uint8 if is_few else torch.int32)
 
-def _files(folder, arm, scale):
-    "The files of an arm: its result, its tower and its alphas."
-    result = arm_file(folder, arm, scale)
-    tower = arm_file(folder, arm, scale, 'tower', 'safetensors')
-    alphas = arm_file(folder, arm, scale, 'alpha')
-    return result,tower,alphas
+def _arm_files(folder, arm, scale):
+    "Where the result of an arm lies, its tower and its alphas."
+    result_file = arm_file(folder, arm, scale)
+    tower_file = arm_file(folder, arm, scale, 'tower', 'safetensors')
+    alphas_file = arm_file(folder, arm, scale, 'alpha')
+    return result_file,tower_file,alphas_file
 
 def cached_result(arm:Arm, scale:Scale, folder:str|Path, keep:bool=False):
     "The result of an arm, if all that is asked of it was measured and kept; else None."
-    done,tower,alphas = _files(folder, arm, scale)
-    needed = [done]
-    if keep: needed.append(tower)
-    if 'layers' in arm.tables: needed.append(alphas)
+    result_file,tower_file,alphas_file = _arm_files(folder, arm, scale)
+    needed = [result_file]
+    if keep: needed.append(tower_file)
+    if 'layers' in arm.tables: needed.append(alphas_file)
     if not all(file.exists() for file in needed): return None
-    result = load_json(done, ArmResult, ARM_FILE)
+    result = load_json(result_file, ArmResult, ARM_FILE)
     every = result.get('every', result['cka_layers'] is not None) # older results do not say it; a NaN is null there
     if 'masks' in arm.tables and not every: return None
     return dict(result, arm=arm.name)
@@ -546,8 +555,8 @@ def run_arm(
 )->dict: # Everything measured
     "Fine-tune and measure one arm."
     if result := cached_result(arm, scale, folder, keep): return result
-    with checkpoints(arm_file(folder, arm, scale), scale) as run:
-        return _measure_arm(arm, scale, seed, folder, keep, run)
+    with checkpoints(arm_file(folder, arm, scale), scale) as options:
+        return _measure_arm(arm, scale, seed, folder, keep, options)
 
 # %% ../../nbs/experiments/51_arms.ipynb #b9b41285
 @functools.lru_cache(maxsize=16)
@@ -557,8 +566,9 @@ def _dense_cost(framework, scale, vocabulary):
     seg = build_framework(framework, clip, vocabulary, scale, 0)
     return cost(seg, (3, scale.size, scale.size))
 
-def _looks(scale, name, framework):
-    "How a data set is looked at and counted: by the paper's recipes as the released code does it."
+def _evaluation_options(scale, name, framework):
+    """Options of `evaluate` for a data set: by the paper's recipes those of the released code, which say at which size
+    images are seen and how classes are counted."""
     if not scale.paper: return {}
     data = scale.data if name == 'val' else name
     size = released_size(framework or scale.framework, data)
@@ -584,8 +594,8 @@ def _mious(arm, scale, seg, world):
     for name,data in world.items():
         if name == 'train': continue
         limit = (scale.val if name == 'val' else scale.domain) or None
-        looks = _looks(scale, name, arm.framework)
-        found = evaluate(seg, data, limit=limit, **looks)
+        options = _evaluation_options(scale, name, arm.framework)
+        found = evaluate(seg, data, limit=limit, **options)
         if name == 'val': mious.update(found['groups'] or dict(base=found['miou']))
         else: mious[name] = found['miou']
     return mious
@@ -596,20 +606,21 @@ def _costs_of(arm, scale, vocabulary, mask, selection, batch_size):
     costs = dict(params=counted.params, active_params=counted.active_params, macs=counted.macs,
                  active_macs=counted.active_macs, train_flops=math.nan)
     if arm.level: return costs # what single weights save in training depends on the kernels
-    first,steps = scale.steps(arm.framework)
+    first,iterations = scale.steps(arm.framework)
     early_mask = None if arm.late(scale) else mask
-    warmup = training_flops(counted, first, batch_size, mask=early_mask)
-    after = training_flops(counted, steps, batch_size, mask=mask, selection=selection)
-    return dict(costs, train_flops=warmup+after)
+    of_warm_up = training_flops(counted, first, batch_size, mask=early_mask)
+    of_the_rest = training_flops(counted, iterations, batch_size, mask=mask, selection=selection)
+    return dict(costs, train_flops=of_warm_up+of_the_rest)
 
 # %% ../../nbs/experiments/51_arms.ipynb #b9b41286
 def _maybe_below(arm, seg, selection, scale, data, seed):
+    "A block in which the choice below the layer, if the arm makes one, is in force."
     if not arm.level: return contextlib.nullcontext()
     return tune_below(arm, seg, selection, scale, data, seed=seed)
 
-def _measure_arm(arm, scale, seed, folder, keep, run):
-    "Fine-tune an arm, measure all that its tables show, and write it."
-    done,tower,alphas = _files(folder, arm, scale)
+def _measure_arm(arm, scale, seed, folder, keep, options):
+    "Fine-tune an arm with these options of `finetune`, measure all that its tables show, and write it."
+    result_file,tower_file,alphas_file = _arm_files(folder, arm, scale)
     world = world_of(scale, seed, arm.framework)
     train = world['train']
     seg,mask = open_warm(arm, scale, seed, folder)
@@ -619,26 +630,28 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
     if arm.select == 'none': recipe = recipe.replace(backbone_lr=0.)
     selection = select_layers(arm, seg, scale, seed)
     with maybe_mask(mask, seg), _maybe_below(arm, seg, selection, scale, train, seed):
-        finetune(seg, train, recipe, selection=None if arm.level else selection, **run)
+        finetune(seg, train, recipe, selection=None if arm.level else selection, **options)
     result = _settings_of(arm, scale, seed, mask, selection)
     result['miou'] = _mious(arm, scale, seg, world)
     result.update(_costs_of(arm, scale, train.vocabulary, mask, selection, recipe.batch_size))
     result.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=result['every']))
     if Group().main:
-        alphas = alphas if 'layers' in arm.tables else None
-        _keep_arm(seg, world, scale, done, tower if keep else None, alphas)
+        answers_file = result_file.with_suffix('.safetensors')
+        if not keep: tower_file = None
+        if 'layers' not in arm.tables: alphas_file = None
+        _write_other_files(seg, world, scale, answers_file, tower_file, alphas_file)
     result['seconds'] = round(time.process_time()-began, 1)
-    if Group().main: save_json(result, done, ARM_FILE) # the last: it says that all is there
+    if Group().main: save_json(result, result_file, ARM_FILE) # the last: it says that all is there
     return result
 
 # %% ../../nbs/experiments/51_arms.ipynb #0aa08712
-def _keep_arm(seg, world, scale, done, tower, alphas):
-    "Write what an arm has left: answers, and alphas and the tower where their files are named."
+def _write_other_files(seg, world, scale, answers_file, tower_file, alphas_file):
+    "Write what an arm leaves besides its result: answers, and the tower and alphas where a file is named for them."
     answers = {}
     for name,data in world.items():
         if name != 'train': answers[name] = _predictions(seg, data, PICTURES.get(name, 1))
-    save_tensors(answers, done.with_suffix('.safetensors'), kind=ANSWERS_FILE)
-    if alphas:
+    save_tensors(answers, answers_file, kind=ANSWERS_FILE)
+    if alphas_file:
         table = analyze(seg.backbone, xmin=scale.xmin).to_frame()
-        save_json(table.alpha.to_dict(), alphas, ALPHAS_FILE)
-    if tower: save_tensors(seg.tower.state_dict(), tower, kind=WEIGHTS_FILE)
+        save_json(table.alpha.to_dict(), alphas_file, ALPHAS_FILE)
+    if tower_file: save_tensors(seg.tower.state_dict(), tower_file, kind=WEIGHTS_FILE)

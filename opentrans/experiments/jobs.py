@@ -57,8 +57,9 @@ def count_workers(
     with _connect(address) as client: return max(1, len(client.scheduler_info(n_workers=-1)['workers']))
 
 # %% ../../nbs/experiments/52_jobs.ipynb #2dbe23ce
-def _sorter(jobs):
-    "The order of some jobs. Raises `OpenTransError` if they wait for each other, or for one that is not there."
+def _order_of(jobs):
+    """What says which jobs are ready, and is told which are done: a `TopologicalSorter`. Raises `OpenTransError` if
+    jobs wait for each other, or for one that is not there."""
     needs = {name: needed for name,(needed,*_) in jobs.items()}
     for name,needed in needs.items():
         for other in needed:
@@ -103,7 +104,7 @@ def _job_name(name):
 # %% ../../nbs/experiments/52_jobs.ipynb #800abcd5
 def _run_here(jobs, view):
     "Do jobs in this process."
-    order = _sorter(jobs)
+    order = _order_of(jobs)
     place = {name: i for i,name in enumerate(jobs)}
     results = {}
     ready = []
@@ -120,15 +121,15 @@ def _run_here(jobs, view):
 # %% ../../nbs/experiments/52_jobs.ipynb #ffc3e78e
 _ONE = threading.Lock() # also a worker of several threads does one job at a time: seeds are those of the process
 
-def _do_job(function, args, settings):
-    "A job inside a worker."
+def _do_job(function, args, environment):
+    "Do a job inside a worker, in this environment."
     with _ONE:
-        os.environ.update(settings)
+        os.environ.update(environment)
         usual_start_method()
         torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS') or 1))
         return function(*args)
 
-def _settings():
+def _job_environment():
     "Environment of jobs: no bars, which are for the process that asks, and where data sets lie, if it says so."
     settings = dict(OPENTRANS_PROGRESS='0')
     root = os.environ.get('DETECTRON2_DATASETS')
@@ -164,7 +165,8 @@ _IGNORE_INTERRUPT = 'import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)
 
 # %% ../../nbs/experiments/52_jobs.ipynb #e1f0a3c7
 def _begin_with_imports(device):
-    "The settings by which workers on this machine begin as `start_method` says."
+    """The settings of dask by which workers on this machine begin as `start_method` says. A server that forks them is
+    told what to import."""
     import dask
     settings = {'distributed.worker.multiprocessing-method': start_method(device)}
     with dask.config.set(settings): context = _distributed().utils.get_mp_context()
@@ -195,7 +197,7 @@ def _start_workers(count, device, each=1):
 def _run_there(jobs, client, view):
     "Do jobs on the workers of a client."
     distributed = _distributed()
-    order = _sorter(jobs)
+    order = _order_of(jobs)
     running = distributed.as_completed(loop=client.loop)
     results = {}
     names = {}
@@ -205,7 +207,7 @@ def _run_there(jobs, client, view):
         for name in order.get_ready():
             _, function, args = jobs[name]
             key = f'{run}-{place[name]}'
-            future = client.submit(_do_job, function, args, _settings(), key=key, priority=-place[name])
+            future = client.submit(_do_job, function, args, _job_environment(), key=key, priority=-place[name])
             names[key] = name
             view.begin(name)
             running.add(future)
@@ -264,7 +266,7 @@ def _image_names(data):
     "What tells the images of a data set from those of another: their names, or how they are made."
     return [file.id for file in data.files] if hasattr(data, 'files') else [repr(data)]
 
-def _identity_of(data):
+def _data_identity(data):
     "How many images a data set has, and a checksum of its class names and of the names of its images."
     text = '\n'.join([*data.vocabulary.entries, *_image_names(data)])
     return [len(data), hashlib.sha256(text.encode()).hexdigest()[:16]]
@@ -274,7 +276,7 @@ def _identity(scale, seed):
     known = dict(dataclasses.asdict(scale), seed=seed, pretrained=weights_identity(scale))
     if scale.data != 'shapesworld':
         world = open_world(scale, seed)
-        known['images'] = {name: _identity_of(data) for name,data in world.items()}
+        known['images'] = {name: _data_identity(data) for name,data in world.items()}
     return plain_json(known)
 
 def open_run_folder(folder:str|Path, scale:Scale, seed:int):
@@ -292,22 +294,23 @@ def open_run_folder(folder:str|Path, scale:Scale, seed:int):
     save_json(settings, kept, RUNS_FILE)
     return folder
 
-_MINE = set() # folders of runs that this process holds
+_HELD_FOLDERS = set() # folders of runs that this process holds already, by their real path
 
 @contextlib.contextmanager
 def hold_folders(*folders):
     """Keep other studies out of folders of runs inside the block. The processes of this one, which do the jobs, go
     in and out. Raises `OtherRun`."""
-    new = {os.path.realpath(folder) for folder in folders} - _MINE
+    new = {os.path.realpath(folder) for folder in folders} - _HELD_FOLDERS
     with contextlib.ExitStack() as stack:
         for folder in sorted(new): stack.enter_context(lock_folder(folder))
-        _MINE.update(new)
+        _HELD_FOLDERS.update(new)
         try: yield
-        finally: _MINE.difference_update(new)
+        finally: _HELD_FOLDERS.difference_update(new)
 
 # %% ../../nbs/experiments/52_jobs.ipynb #8d8047be
 def _distinct_runs(arms, scale):
-    "Arms by their settings. Those of equal settings are one run, which measures what any of their tables shows."
+    """Settings in words (`Arm.key`) -> arm. Arms of equal settings are one run, which measures what any of their tables
+    shows."""
     runs = {}
     for arm in arms:
         first = runs.setdefault(arm.key(scale), arm)
@@ -315,49 +318,62 @@ def _distinct_runs(arms, scale):
         runs[arm.key(scale)] = dataclasses.replace(first, tables=tables)
     return runs
 
-def _shared(scale, function, *args, alone=False):
-    "Function and arguments of a job that as many processes share as a scale says, or that one does alone."
+def _shared_job(scale, function, *args, alone=False):
+    """(function, arguments) of a job, as `run_jobs` takes them: `share_job`, by which as many processes do it as the
+    scale says, or one alone."""
     return share_job, (1 if alone else scale.processes, function, args, scale.device)
 
-def _mask_of(arm, scale):
-    "The name of the mask that Algorithm 1 must find for an arm, or None."
+def _mask_name(arm, scale):
+    "The name of the mask that `find_mask` must find for an arm; None if it needs none."
     return arm.mask.id(scale) if arm.mask and arm.mask.distilled else None
 
 # %% ../../nbs/experiments/52_jobs.ipynb #b2384f92
-def _plan(scale, seed, folder, arms):
-    "Masks, warm-ups and arms of one seed that are not there yet, as jobs."
-    folder = open_run_folder(folder, scale, seed).resolve() # workers may stand elsewhere
-    sources = [arm.source for arm in arms if arm.source]
-    towers = {arm.key(scale) for arm in sources} # that other arms begin with, and are kept
-    runs = _distinct_runs([*sources, *arms], scale)
-    left = []
-    for key,arm in runs.items():
-        is_kept = key in towers
-        if not cached_result(arm, scale, folder, is_kept): left.append(arm)
+def _mask_jobs(arms, scale, seed, folder):
+    "Jobs that find the masks of some arms, where they are not there yet."
+    recipes = {_mask_name(arm, scale): arm.mask for arm in arms if _mask_name(arm, scale)}
     jobs = {}
-    recipes = {_mask_of(arm, scale): arm.mask for arm in left if _mask_of(arm, scale)}
     for name,recipe in sorted(recipes.items()):
         if (folder/f'{name}.safetensors').exists(): continue
         alone = recipe.method in FINDERS # other ways to a mask take one process
-        work = _shared(scale, find_mask, scale, seed, folder, recipe, alone=alone)
+        work = _shared_job(scale, find_mask, scale, seed, folder, recipe, alone=alone)
         jobs[seed, 'imp', name] = ((), *work)
-    starts = {arm.start(scale): arm for arm in reversed(left)} # the first arm of each
-    def waits(start): return _mask_of(starts[start], scale) is not None
-    for start in sorted(starts, key=waits):
+    return jobs
+
+def _start_jobs(arms, scale, seed, folder, masks):
+    "Jobs that warm up what some arms begin with, where that is not there yet; `masks` are the jobs of masks."
+    starts = {arm.start(scale): arm for arm in reversed(arms)} # of arms that begin alike, the first
+    def has_mask(start): return _mask_name(starts[start], scale) is not None
+    jobs = {}
+    for start in sorted(starts, key=has_mask): # first those that wait for no mask
         arm = starts[start]
         if start_file(folder, arm, scale).exists(): continue
-        mask = (seed, 'imp', _mask_of(arm, scale))
-        needs = [mask] if mask in jobs and not arm.late(scale) else []
+        mask = (seed, 'imp', _mask_name(arm, scale))
+        needs = [mask] if mask in masks and not arm.late(scale) else []
         if arm.source: needs.append((seed, 'arm', arm.source.key(scale)))
         job = warm_up if scale.steps(arm.framework)[0] else no_warm_up
         alone = job is no_warm_up
-        work = _shared(scale, job, arm, scale, seed, folder, alone=alone)
+        work = _shared_job(scale, job, arm, scale, seed, folder, alone=alone)
         jobs[seed, 'start', start] = (needs, *work)
+    return jobs
+
+def _seed_jobs(scale, seed, folder, arms):
+    """The jobs of one seed: masks and warm-ups that are not there yet, and all arms, of which those that are done give
+    what was kept."""
+    folder = open_run_folder(folder, scale, seed).resolve() # workers may stand elsewhere
+    sources = [arm.source for arm in arms if arm.source] # other arms begin with their towers, which are kept
+    kept_keys = {arm.key(scale) for arm in sources}
+    runs = _distinct_runs([*sources, *arms], scale)
+    to_do = []
     for key,arm in runs.items():
-        wanted = [(seed, 'start', arm.start(scale)), (seed, 'imp', _mask_of(arm, scale))]
+        keep = key in kept_keys
+        if not cached_result(arm, scale, folder, keep): to_do.append(arm)
+    jobs = _mask_jobs(to_do, scale, seed, folder)
+    jobs |= _start_jobs(to_do, scale, seed, folder, jobs)
+    for key,arm in runs.items():
+        wanted = [(seed, 'start', arm.start(scale)), (seed, 'imp', _mask_name(arm, scale))]
         needs = [name for name in wanted if name in jobs] # others are there already, or not needed
-        is_kept = key in towers
-        work = _shared(scale, run_arm, arm, scale, seed, folder, is_kept)
+        keep = key in kept_keys
+        work = _shared_job(scale, run_arm, arm, scale, seed, folder, keep)
         jobs[seed, 'arm', key] = (needs, *work)
     return jobs
 
@@ -381,12 +397,12 @@ def run_arms(
     for seed in folders: check_number('seed', seed, 0, whole=True)
     with hold_folders(*folders.values()):
         jobs = dict(beside or {})
-        for seed,runs in folders.items(): jobs.update(_plan(scale, seed, runs, arms))
-        told = ', '.join(map(str, folders))
-        results = run_jobs(jobs, scheduler, f'seed {told}', scale.device, scale.processes)
+        for seed,seed_folder in folders.items(): jobs.update(_seed_jobs(scale, seed, seed_folder, arms))
+        listed = ', '.join(map(str, folders))
+        results = run_jobs(jobs, scheduler, f'seed {listed}', scale.device, scale.processes)
     found = []
     for seed in folders:
         for arm in arms:
             result = results[seed, 'arm', arm.key(scale)]
-            found.append(dict(result, arm=arm.name))
+            found.append(dict(result, arm=arm.name)) # arms of equal settings share a result, each under its name
     return found

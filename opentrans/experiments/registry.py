@@ -168,8 +168,8 @@ class _StudyFile(OpenDict):
     claims: list[ClaimResult]
     more: NotRequired[dict]
 
-class _OtherFile(OpenDict):
-    "What a study without arms writes."
+class _FileWithoutArms(OpenDict):
+    "What a study without arms writes: at least this."
     what: str
     run: _Made
     seeds: list[int]
@@ -215,19 +215,21 @@ def result_file(
     return Path(out)/f"{'-'.join(words)}.json"
 
 # %% ../../nbs/experiments/55_studies.ipynb #1a1c324b
-def _own_sizes(study, scale):
-    "The sizes of a study that differ from the scale's, as pairs (size, value); what a user has chosen stays."
-    is_own_scale = scale_label(scale) == 'own'
+def _study_sizes(study, scale):
+    """The sizes of a study that take the place of the scale's, as pairs (size, value). In a scale that a user has made,
+    what differs from the defaults was chosen, and stays."""
+    is_made_by_user = scale_label(scale) == 'own'
     usual = Scale()
-    own = []
+    sizes = []
     for size,value in study.scale.items():
         is_unused = size.startswith('query') and not scale.queries
-        is_chosen = is_own_scale and getattr(scale, size) != getattr(usual, size)
-        if not is_unused and not is_chosen: own.append((size, value))
-    return own
+        is_chosen = is_made_by_user and getattr(scale, size) != getattr(usual, size)
+        if not is_unused and not is_chosen: sizes.append((size, value))
+    return sizes
 
 def _study_scale(name, scale, pretrained, framework):
-    "The scale of a study, and the pairs (size, value) in which it differs from the one that is named."
+    """The `Scale` of a study, and the pairs (size, value) in which it differs from the one that was asked for, which
+    may be a name. Raises `OpenTransError`."""
     study = get_study(name)
     scale = get_scale(scale)
     if framework is not None: get_framework(framework)
@@ -236,16 +238,17 @@ def _study_scale(name, scale, pretrained, framework):
         raise OpenTransError(
             f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. "
             f"Run it at the scale 'shapes'.")
-    own = _own_sizes(study, scale)
+    changed = _study_sizes(study, scale)
     of_paper = study.framework if scale.preset == 'paper' else ''
     where = framework or of_paper
-    if where and where != scale.framework: own.append(('framework', where))
+    if where and where != scale.framework: changed.append(('framework', where))
     weights = dict(pretrained=str(pretrained)) if pretrained else {}
-    return dataclasses.replace(scale, **dict(own), **weights),own
+    return dataclasses.replace(scale, **dict(changed), **weights),changed
 
 # %% ../../nbs/experiments/55_studies.ipynb #a20c4ee1
 def _plans(scale, arms, seed):
-    "A `RunPlan` for each framework of some arms, by its name. What an arm freezes or prunes saves some of it."
+    """Name of each framework of some arms -> a `RunPlan` of fine-tuning all of it; an arm that freezes or prunes needs
+    less."""
     plans = {}
     names = [arm.framework or scale.framework for arm in arms]
     for name in dict.fromkeys(names):
@@ -290,7 +293,7 @@ def plan_study(
 
 # %% ../../nbs/experiments/55_studies.ipynb #1a1c324c
 def _runs_folder(out, label):
-    "Where the runs of a scale lie."
+    "Where the runs of a scale with this label lie: those of the usual one are not in a folder of their own."
     return Path(out)/'.runs'/('' if label == 'shapes' else label)
 
 def run_study(
@@ -316,21 +319,21 @@ def run_study(
     parse_scheduler(scheduler)
     file = result_file(name, out, seeds, scale, seed, framework, arms)
     command = command or f'opentrans study {name} --seeds {seeds}'
-    if s.run:
+    all_seeds = range(seed, seed+seeds)
+    if s.run: # a study that is not made of arms
         if pretrained or framework:
             raise OpenTransError(
                 f"The study '{name}' has a model of its own: give neither pretrained nor framework.")
-        many = range(seed, seed+seeds)
-        data = _run_other(s, Path(out), many, scale, scheduler, command)
+        data = _run_without_arms(s, Path(out), all_seeds, scale, scheduler, command)
         save_json(data, file, STUDY_FILE)
         return data
-    label = scale_label(scale)
-    scale, own = _study_scale(name, scale, pretrained, framework)
-    sizes_in_words = '-'.join(f'{size}-{value}' for size,value in own)
-    runs = _runs_folder(out, label)/sizes_in_words
-    open_clip_of(scale) # what is missing is said before any folder is claimed
+    label = scale_label(scale) # of what was asked for, before the study changes it
+    scale, changed = _study_scale(name, scale, pretrained, framework)
+    changed_in_words = '-'.join(f'{size}-{value}' for size,value in changed)
+    runs = _runs_folder(out, label)/changed_in_words
+    open_clip_of(scale) # if weights or data are missing, that is said before any folder is claimed
     open_world(scale, seed)
-    folders = seed_folders(runs, range(seed, seed+seeds))
+    folders = seed_folders(runs, all_seeds)
     _check_room(s, scale, seed, folders)
     with hold_folders(*folders.values()):
         results = run_arms(scale, list(folders), runs, scheduler, s.arms) if s.arms else []
@@ -354,7 +357,8 @@ def _headline(study, scale):
     return f"{study.name} ({study.paper}): {study.question} {where}."
 
 def _origin(command, results):
-    "How a study was made: the command, the date, the minutes of its arms and the machine."
+    """How a study was made: the command, the date, the processor's minutes of its arms, if all of them were timed, and
+    the machine."""
     minutes = None
     if results and all('seconds' in result for result in results):
         seconds = sum(result['seconds'] for result in results)
@@ -364,22 +368,22 @@ def _origin(command, results):
 def _check_room(study, scale, seed, folders):
     "Raises `OpenTransError` if an arm cannot fit on the GPU."
     if pick_device(scale.device).type != 'cuda': return
-    left = []
+    to_do = []
     for arm in study.arms:
         is_done = all(cached_result(arm, scale, folder) for folder in folders.values())
-        if not is_done: left.append(arm)
-    for plan in _plans(scale, left, seed).values(): plan.check()
+        if not is_done: to_do.append(arm)
+    for plan in _plans(scale, to_do, seed).values(): plan.check()
 
-def _run_other(study, out, seeds, scale, scheduler, command):
-    "What the file of a study without arms holds."
+def _run_without_arms(study, out, seeds, scale, scheduler, command):
+    "Run a study that is not made of arms. Gives what its file holds."
     if scale not in ('shapes', 'smoke'):
         raise OpenTransError(f"The study '{study.name}' has sizes of its own: run it at the scale 'shapes', "
                              "or 'smoke' to see that it runs.")
     runs = _runs_folder(out, scale)/study.name
     is_smoke = scale == 'smoke'
     with hold_folders(runs): data = study.run(study, list(seeds), runs, scheduler, is_smoke)
-    told = data.get('run', {})
-    origin = dict(command=command, date=str(date.today()), **told, **hardware())
+    from_study = data.get('run', {})
+    origin = dict(command=command, date=str(date.today()), **from_study, **hardware())
     return {**data, 'run': origin}
 
 # %% ../../nbs/experiments/55_studies.ipynb #77113f39
@@ -389,7 +393,7 @@ def load_study(
 )->dict: # What it holds
     "Read a stored study. Raises `OpenTransError` if it is damaged, or something else."
     s = get_study(name)
-    data = load_json(file, _OtherFile if s.run else _StudyFile, STUDY_FILE)
+    data = load_json(file, _FileWithoutArms if s.run else _StudyFile, STUDY_FILE)
     if s.arms and not data['results']: raise STUDY_FILE.damaged(file, 'it has no results')
     if s.arms: results_frame(data['results'])
     if s.check: s.check(data if s.run else data.get('more', {}), file)
@@ -422,7 +426,7 @@ def plot_study(
     frame = results_frame(data['results'])
     return plot_arms(frame, s.arms)
 
-def _told_of(study, data):
+def _paragraphs(study, data):
     "What a stored study says, as paragraphs of Markdown."
     parts = []
     if data.get('claims'):
@@ -431,7 +435,7 @@ def _told_of(study, data):
         parts.append(table.reset_index().to_markdown(index=False))
     if data.get('summary') and not study.run:
         without = [] if study.costs else ['params', 'MACs', 'frozen layers']
-        parts.append(_summary(data['summary'], without))
+        parts.append(_summary_table(data['summary'], without))
     if study.text: parts.append(study.text(data))
     return parts
 
@@ -455,7 +459,7 @@ def show_study(
     day = for_markdown(data['run']['date'])
     link = quote(file.as_posix(), safe='/:')
     head = f"**{s.question}** ({s.paper}; {command}, {day}, [every number]({link}).)"
-    paragraphs = [head, *_told_of(s, data)]
+    paragraphs = [head, *_paragraphs(s, data)]
     display(Markdown('\n\n'.join(paragraphs)))
     plot_study(name, data)
 
@@ -470,8 +474,8 @@ def _markdown(frame, name):
     frame = frame.rename(index=for_markdown, columns=for_markdown)
     return frame.rename_axis(name).reset_index().to_markdown(index=False)
 
-def _summary(summary, without):
-    "The means of a study in Markdown."
+def _summary_table(summary, without):
+    "The means of a study in Markdown, without some columns."
     frame = pd.DataFrame(summary).T
     frame = frame.drop(columns=without, errors='ignore').fillna('-')
     return _markdown(frame, 'arm')

@@ -52,7 +52,7 @@ class Blocks:
     )->list[int]: # Where blocks begin
         "Places of the blocks along one side."
         room = length - block
-        fewest = -(-length//block)
+        fewest = math.ceil(length/block) # that leave out nothing
         if rng is not None:
             count = self.windows or fewest
             places = rng.integers(0, room+1, count)
@@ -62,7 +62,7 @@ class Blocks:
         return places.astype(int).tolist()
 
     def _published(self, room):
-        "Places as FARMS has them: steps of one whole length, the last block at the end at most."
+        "Places as FARMS has them: all steps have one whole length, so the last block may end before the side does."
         gaps = max(self.windows-1, 1)
         step = max(1, room//gaps)
         fitting = room//step + 1
@@ -155,7 +155,7 @@ def with_kurtosis(
     return evals*(1 + shift)
 
 def _entries(mats):
-    "The entries of each matrix as a row; those of single rows or columns together, as one row."
+    "The entries of each matrix as a row; where each matrix is a single row or column, those of all as one row."
     shorter = min(mats.shape[1:])
     if shorter < 2: return mats.reshape(1, -1)
     return mats.flatten(1)

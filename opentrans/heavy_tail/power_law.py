@@ -48,13 +48,14 @@ def marchenko_pastur(
 
 # %% ../../nbs/02_heavy_tail.ipynb #b2dd3eca
 class _Tails:
-    "The tail above each distinct value of a sample: its slope, and its distance from a power law."
+    """The tails of a sample, one above each of its distinct values: the slope of each (alpha - 1), and its distance
+    from the power law of that slope."""
     def __init__(self, x): # x: positive, ascending
-        self.x,below = np.unique(x, return_index=True)
+        self.x,below = np.unique(x, return_index=True) # `below`: how many values lie below each
         self.log = np.log(self.x)
         self.below = below.astype(float)
-        above = x.size-below # how many values are not below
-        self.n = above.astype(float)
+        in_tail = x.size-below
+        self.n = in_tail.astype(float)
         steps = np.diff(self.log)*self.n[1:]
         sums = np.cumsum(steps[::-1])
         # sum over the tail of log(x_j/x_i)
@@ -70,7 +71,8 @@ class _Tails:
         return gaps.max()
 
     def bound(self, cand, points):
-        "Lower bounds of the distances of candidate tails: their deviation at `points` places each, evenly spread."
+        """Lower bounds of the distances of some tails, which begin at the values with the indices `cand`: as `ks`, but
+        looked at in `points` evenly spread places of each tail, not in all."""
         lengths = (self.log.size-1-cand)[:,None]
         fractions = np.arange(1, points+1)
         steps = (lengths*fractions + points-1)//points
@@ -82,27 +84,27 @@ class _Tails:
         return np.abs(1 - above - share).max(1)
 
     def search(self, cand):
-        """(index, distance) of the candidate tail with the smallest distance, the first if several are equal. Exact:
-        what is skipped cannot win."""
+        """(index, distance) of the tail with the smallest distance among those that begin at the indices `cand`, the
+        first if several are equal. Exact: a tail is only skipped if a bound says that it cannot win."""
         if self.log.size <= 48:
             D = np.array([self.ks(i) for i in cand])
             best = cand[D.argmin()]
             return best,D.min()
-        low = np.zeros(cand.size) # bounds of their distances
-        reached = np.inf
+        low = np.zeros(cand.size) # no distance is lower
+        smallest = np.inf # of the distances that were computed
         for points in (8, 32, 128):
             bound = self.bound(cand, points)
             low = np.maximum(low, bound)
             likely = cand[low.argmin()]
-            reached = min(reached, self.ks(likely))
-            keep = low <= reached + 1e-12
+            smallest = min(smallest, self.ks(likely))
+            keep = low <= smallest + 1e-12
             cand = cand[keep]
             low = low[keep]
             if cand.size <= 8: break
         return self._search_in_turn(cand, low)
 
     def _search_in_turn(self, cand, low):
-        "(index, distance) as `search`, of candidates whose distances are at least `low`."
+        "(index, distance) as `search` gives them, of tails whose distances are known to be at least `low`."
         distance = np.inf
         index = -1
         for k in np.argsort(low, kind='stable'):
@@ -172,8 +174,8 @@ def _no_fit(reason, n=0, method='', evals=None):
     if evals is None: evals = np.zeros(0)
     return PowerLawFit(nan, nan, nan, nan, 0, int(n), method, reason, evals)
 
-def _fit(slope, xmin, D, n_tail, x, method):
-    "The `PowerLawFit` to the tail of a sample `x`; `slope` is alpha - 1."
+def _as_fit(slope, xmin, D, n_tail, x, method):
+    "The numbers of a fit to the tail of a sample `x` as a `PowerLawFit`; `slope` is alpha - 1."
     sigma = float(slope/math.sqrt(n_tail))
     alpha = float(1+slope)
     count = int(x.size)
@@ -197,7 +199,7 @@ def _xmin_candidates(t, x, rule, bins):
     counts,edges = np.histogram(np.log10(x), bins)
     peak = 10**edges[counts.argmax()]
     low = .95*peak
-    if rule == 'paper': low = math.log10(low)           # as published: a logarithm
+    if rule == 'paper': low = math.log10(low) # as in the published code, which compares a logarithm with values
     is_near = (values >= low) & (values <= 1.5*peak)
     return every[is_near]
 
@@ -211,7 +213,7 @@ def _fit_given(x, xmin):
     slope = tail.size/logs.sum()
     below = np.searchsorted(tail, tail)/tail.size
     gaps = np.abs(1 - np.exp(-slope*logs) - below)
-    return _fit(slope, xmin, gaps.max(), tail.size, x, 'given')
+    return _as_fit(slope, xmin, gaps.max(), tail.size, x, 'given')
 
 # %% ../../nbs/02_heavy_tail.ipynb #bdb16abd
 def _percent(xmin):
@@ -258,7 +260,7 @@ def _sample(evals):
     return np.sort(flat)
 
 # %% ../../nbs/02_heavy_tail.ipynb #310b5891
-def _no_tail(x):
+def _why_no_tail(x):
     "Why no tail can be fitted to a positive ascending sample; empty if one can."
     if x.size < 4:
         ending = 's' if x.size != 1 else ''
@@ -271,7 +273,7 @@ def _unless_flat(fit, noise):
     would be that of the rounding."""
     if not fit.ok: return fit
     first = float(fit.evals[-fit.n_tail])
-    # mean of log(x/first) over the tail
+    # mean of log(x/first) over the tail: 1/(alpha-1) is that of log(x/xmin)
     width = 1/(fit.alpha-1) - math.log(first/fit.xmin)
     rounding = 1.5*noise/math.sqrt(first)
     if width > max(_FLAT, rounding): return fit
@@ -279,8 +281,9 @@ def _unless_flat(fit, noise):
     return _no_fit(reason, fit.n, fit.method, fit.evals)
 
 def _clipped(x, noise):
-    """The fit without the two largest values, or three, and so on to nine: the first one whose alpha is lower by more
-    than one than that of the fit to all values. If there is none, the fit to all (WeightWatcher's `clip_xmax`)."""
+    """The fit by the rule `'clip'` (WeightWatcher's `clip_xmax`): without the two largest values, or three, and so on
+    to nine, the first fit whose alpha lies more than one below that of the fit to all values. If there is none, the fit
+    to all."""
     to_all = fit_power_law(x, 'ks', noise=noise)
     most = min(10, x.size-4)
     for left_out in range(2, most):
@@ -290,7 +293,7 @@ def _clipped(x, noise):
         if fit.alpha <= 2: break
     return replace(to_all, method='clip')
 
-def _no_spectrum(x):
+def _why_no_spectrum(x):
     "Why an ascending sample cannot be the eigenvalues of a Gram matrix; empty if it can."
     if not np.isfinite(x).all(): return 'the spectrum holds NaN or infinity'
     if x.size and x[0] < -1e-3*abs(x[-1]):
@@ -306,7 +309,7 @@ def _fit_searched(x, rule, bins):
     if cand.size < least:
         return _no_fit('too few distinct eigenvalues for a tail', x.size, rule, x)
     i,D = t.search(cand)
-    return _fit(t.slope[i], t.x[i], D, t.n[i], x, rule)
+    return _as_fit(t.slope[i], t.x[i], D, t.n[i], x, rule)
 
 def fit_power_law(
     # Eigenvalues (or any positive sample), in any order: tensor, array or list
@@ -324,11 +327,11 @@ def fit_power_law(
     rule = _rule_name(xmin)
     x = _sample(evals)
     if bins < 1: raise OpenTransError(f"bins={bins} is no number of bins. Give at least 1.")
-    reason = _no_spectrum(x)
+    reason = _why_no_spectrum(x)
     if reason: return _no_fit(reason, x.size, rule)
     first = np.searchsorted(x, max(floor, 0), side='right')
     x = x[first:]
-    reason = _no_tail(x)
+    reason = _why_no_tail(x)
     if reason: return _no_fit(reason, x.size, rule, x)
     if rule == 'clip': return _clipped(x, noise)
     fit = _fit_given(x, float(xmin)) if rule == 'given' else _fit_searched(x, rule, bins)
@@ -486,17 +489,17 @@ def matrices(
 class _Unread(OpenTransError):
     "A weight that is no matrix of numbers. The message is the reason that a table shows."
 
-def _cannot(error):
+def _unread_for(error):
     "The `_Unread` for an error of torch, with the beginning of its words."
     words = str(error).splitlines() or ['']
     beginning = words[0][:80]
     return _Unread(f"the weight cannot be read ({type(error).__name__}: {beginning})")
 
 def _attempt(make, *args):
-    "What a function makes of its arguments, or the `_Unread` that says why it cannot."
+    "What a function makes of its arguments; if it cannot, the `_Unread` that says why, which is given, not raised."
     try: return make(*args)
     except _Unread as e: return e
-    except (RuntimeError, TypeError, AttributeError, IndexError) as e: return _cannot(e)
+    except (RuntimeError, TypeError, AttributeError, IndexError) as e: return _unread_for(e)
 
 def _dense(w):
     "Any kind of tensor as a plain dense one. Raises `_Unread` if it holds no values."
@@ -519,7 +522,7 @@ def _check_numbers(w):
         shape = tuple(w.shape)
         raise _Unread(f'a weight of shape {shape} is no matrix')
 
-def _numbers(w):
+def _numbers_of(w):
     "(dense tensor to compute with, type in which it was stored). Raises `_Unread`."
     dense = _dense(w)
     _check_numbers(dense)
@@ -531,9 +534,9 @@ def _numbers(w):
     return dense,stored
 
 def _read(w):
-    """A weight as (dense tensor to compute with, type in which it was stored). Raises `_Unread` with the reason why
-    there is none."""
-    res = w if isinstance(w, _Unread) else _attempt(_numbers, w)
+    """A weight as (dense tensor to compute with, type in which it was stored). Raises `_Unread` with the reason if that
+    cannot be; a weight that was found unreadable before is given as its `_Unread`."""
+    res = w if isinstance(w, _Unread) else _attempt(_numbers_of, w)
     if isinstance(res, _Unread): raise res
     return res
 

@@ -86,27 +86,20 @@ class Spectrum:
         total = (np.sort(ev.flatten())*factor).sum()
         self.stack = tuple(mats.shape)
         _,self.edge = mp_edges(mats.shape[1:], total/mats.numel())
-        noise = _noise(mats, ev, stored) if whole is None else self._noise_of_change(mats, whole, stored)
+        noise = _noise(mats, ev, stored) if whole is None else _noise_of_change(mats, whole, stored)
         settled,noise = _settle(ev, noise, mats.shape[1:], _exactness(ev, how, precision))
         if _became_equal(ev, settled):
             self.reason = 'the eigenvalues differ by no more than rounding'
         self.noise = noise*math.sqrt(factor)
         tiny = _exactness(ev, 'gram', precision)
-        # without a floor, and in float32, also what arithmetic cannot tell from zero is cut
+        # without a floor, or in float32, what arithmetic cannot tell from zero is left out, too
         least = tiny if precision == 'fast' or not floor else 0
         raw = np.sort(settled.flatten())*factor
-        self._cut(raw, floor, least, tiny)
-
-    def _noise_of_change(self, mats, whole, stored):
-        """Norm of the rounding in a difference of two weights, of which one has the squared norm `whole`: that of a
-        random matrix."""
-        rms = math.sqrt(whole/mats.numel()) # of the entries of the weight
-        size = .5*torch.finfo(stored).eps*rms
-        sides = math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2])
-        return np.full(len(mats), size*sides)
+        self._leave_out(raw, floor, least, tiny)
 
     def shuffle(self, mats:torch.Tensor, null:Null, blocks:Blocks|None, norm:float, *options):
-        "Take the eigenvalues of its matrices with their numbers in random order, as often as a `Null` says."
+        """Take the eigenvalues of its matrices with their numbers in random order, as often as a `Null` says. The
+        `options` are those of `_eigenvalues`."""
         if self.evals is None: return
         seed = null.seed*1_000_003 + zlib.crc32(self.name.encode())
         rng = torch.Generator().manual_seed(seed)
@@ -116,9 +109,9 @@ class Spectrum:
         factor = norm if self.kind == 'conv' else 1
         self.shuffled = np.sort(flat, 1).clip(0)*factor
 
-    def _cut(self, raw, floor, least, tiny):
-        """Leave out what is not above the floor, or `least` times the largest; if that is all, what is not above `tiny`
-        times the largest."""
+    def _leave_out(self, raw, floor, least, tiny):
+        """Keep of the eigenvalues `raw` those that are above both the floor and `least` times the largest; if none is,
+        those above `tiny` times the largest."""
         largest = raw[-1]
         self.cutoff = float(max(floor/self.paper, least*largest))
         if largest <= self.cutoff:
@@ -155,24 +148,24 @@ class Spectrum:
         return random_edge(self.stack)*self.variance
 
 # %% ../../nbs/02a_spectra.ipynb #5f0a11c2
-def _solve_alone(part, options):
-    "As `_solve_part`, each stack by itself: one that fails gets (None, ''), and costs no other."
-    res = {}
-    for key,mats in part:
-        try: res[key] = _eigenvalues(mats, *options)
-        except (OpenTransError, torch.linalg.LinAlgError): res[key] = None,''
-    return res
+def _noise_of_change(mats, whole, stored):
+    """Norm of the rounding in the difference of two weights, of which one has the squared norm `whole`. Rounding errors
+    are taken for independent, so it is the norm of a random matrix."""
+    rms = math.sqrt(whole/mats.numel()) # of the entries of the weight
+    size = .5*torch.finfo(stored).eps*rms
+    sides = math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2])
+    return np.full(len(mats), size*sides)
 
 def _became_equal(ev, settled):
-    "Are the eigenvalues above zero one value since `_settle`, and were they not before?"
+    "Has `_settle` made all eigenvalues above zero equal, which were not equal before?"
     above = settled > 0
     is_one_value = len(np.unique(settled[above])) == 1
     return is_one_value and len(np.unique(ev[above])) > 1
 
-def _cut_group(group, size):
+def _split_group(group, size):
     "Jobs of one shape in parts, each of at most `size` numbers or a single job."
     parts = []
-    room = 0
+    room = 0 # numbers that the last part can still take
     for key,mats in group:
         count = mats.numel()
         if count > room:
@@ -183,7 +176,7 @@ def _cut_group(group, size):
     return parts
 
 def _operations(part):
-    "About how many multiplications the jobs of a part need, which have matrices of one shape."
+    "How many multiplications the jobs of a part need, but for a factor that is the same for all."
     matrix_count = sum(len(mats) for _,mats in part)
     _,first = part[0]
     return matrix_count*min(first.shape[1:])**3
@@ -197,8 +190,16 @@ def _parts(jobs, size):
         kind = (mats.shape[1:], mats.device, mats.dtype)
         alike.setdefault(kind, []).append((key, mats))
     parts = []
-    for group in alike.values(): parts += _cut_group(group, size)
+    for group in alike.values(): parts += _split_group(group, size)
     return sorted(parts, key=lambda part: -_operations(part))
+
+def _solve_alone(part, options):
+    "As `_solve_part`, but each job by itself: one that fails gets (None, ''), and the others their eigenvalues."
+    res = {}
+    for key,mats in part:
+        try: res[key] = _eigenvalues(mats, *options)
+        except (OpenTransError, torch.linalg.LinAlgError): res[key] = None,''
+    return res
 
 def _solve_part(part, options):
     "Eigenvalues of jobs whose matrices have one shape: key -> (eigenvalues, how they were found)."
@@ -210,8 +211,8 @@ def _solve_part(part, options):
     counts = [len(mats) for mats in stacks]
     return {key: (own, how) for key,own in zip(keys, ev.split(counts))}
 
-def _threads(asked):
-    "How many layers are solved at once."
+def _thread_count(asked):
+    "How many parts are solved at once on CPUs: the number that was asked for, or what this process may use."
     if asked is not None: return check_number('threads', asked, 1, 4096, whole=True)
     setting = os.environ.get('OMP_NUM_THREADS', '')
     allowed = setting.split(',')[0]
@@ -227,7 +228,7 @@ def _solve(jobs, *options, size=None, threads=1):
     on_cpu = all(m.device.type == 'cpu' for _,m in jobs)
     most = 2**20 if on_cpu else 2**26
     parts = _parts(jobs, size or most)
-    threads = min(_threads(threads), len(parts)) if on_cpu else 1
+    threads = min(_thread_count(threads), len(parts)) if on_cpu else 1
     found = {}
     if threads < 2:
         for part in parts: found |= _solve_part(part, options)
@@ -245,52 +246,55 @@ def _solve_shuffled(mats, rng, blocks, options):
     return ev
 
 # %% ../../nbs/02a_spectra.ipynb #28f243a3
-def _weight_of(s, w, device, before=None):
+def _weight_to_solve(s, w, device, before=None):
     """(weight to compute with, type it was stored in, squared norm of the whole weight if the first is a change of
-    it) of a layer. All are None if it has no spectrum, and then the reason stands in its `Spectrum`."""
+    it) of a layer. All are None if it has no spectrum. Its `Spectrum` `s` is told the density and, if there is none,
+    the reason."""
     nothing = None,None,None
     try:
         w,stored = _read(w)
-        if before is not None: old,old_stored = _read_base(s, w, before)
+        if before is not None: base,base_stored = _read_base(s, w, before)
     except _Unread as e:
         s.reason = str(e)
         return nothing
     if device is not None: w = w.to(device)
-    whole = None
+    squared_norm = None
     if before is not None:
-        if w.numel():
-            types = _stored_type(w, stored),_stored_type(old, old_stored)
-            stored = max(types, key=_coarseness)
         size = torch.linalg.vector_norm(w.double()).item()
-        whole = size**2
-        w = w.double() - old.to(w.device, torch.float64)
+        squared_norm = size**2
+        if w.numel(): stored = _coarser(_stored_type(w, stored), _stored_type(base, base_stored))
+        w = w.double() - base.to(w.device, torch.float64)
     if not w.numel(): s.reason = 'the weight is empty'
     else: s.density = torch.count_nonzero(w).item()/w.numel()
     if not _finite(w): s.reason = 'the weight holds NaN or infinity'
     elif not s.density: s.reason = 'all weights are zero' if before is None else 'nothing has changed'
     if s.reason: return nothing
     if before is None: stored = _stored_type(w, stored)
-    return w,stored,whole
+    return w,stored,squared_norm
 
 def _coarseness(dtype):
     "The share of itself by which a type rounds a number; 0 for types that do not round."
     return torch.finfo(dtype).eps if dtype.is_floating_point else 0.
 
+def _coarser(first, second):
+    "The type of two that rounds more; the first if both round alike."
+    return max((first, second), key=_coarseness)
+
 # %% ../../nbs/02a_spectra.ipynb #dea25f4d
 def _read_base(s, w, before):
-    "The weight of the same name before a change, and its type. Raises `_Unread`."
+    "The weight of the same name in the base, and the type it was stored in. Raises `_Unread`."
     if s.name not in before: raise _Unread('the base has no layer of this name')
-    old,stored = _read(before[s.name])
-    if old.shape != w.shape:
-        shape = tuple(old.shape)
+    base,stored = _read(before[s.name])
+    if base.shape != w.shape:
+        shape = tuple(base.shape)
         raise _Unread(f'the base has another shape here, {shape}')
-    return old,stored
+    return base,stored
 
 _NARROW = 16 # slices of a kernel with fewer rows or columns are no matrices to cut into blocks
 
-def _stack(w, kind, conv, transposed, groups, blocks):
-    """The matrices of a layer. To be cut into blocks, a kernel with narrow slices, such as a depthwise one, is read
-    flat: a row a filter."""
+def _matrices_of(w, kind, conv, transposed, groups, blocks):
+    """The matrices of a layer, a stack (matrices, rows, columns). To be cut into blocks, a kernel with narrow slices,
+    such as a depthwise one, is read flat: a row a filter."""
     if kind == 'experts': return w.mT if transposed else w
     mats = matrices(w, conv, transposed, groups)
     if blocks is None or w.ndim < 3: return mats
@@ -302,9 +306,9 @@ def _blocks_of(mats, blocks):
     return mats if blocks is None else blocks.cut(mats)
 
 # %% ../../nbs/02a_spectra.ipynb #66867c2b
-class _Work:
-    """Layers on their way to spectra: they are solved many at a time, those of one shape together, and then
-    forgotten."""
+class _Queue:
+    """Layers that wait for their eigenvalues. When they hold many numbers, all are solved, those of one shape together,
+    and their matrices are forgotten."""
     def __init__(self, norm, floor, blocks, null, options, threads, most=2**25):
         self.norm = norm
         self.floor = floor
@@ -313,21 +317,21 @@ class _Work:
         self.options = options      # (method, precision, floor) of `_eigenvalues`
         self.threads = threads
         self.most = most            # numbers that wait at most
-        self.made = []              # the spectra of all layers
-        self.waiting = []           # what `take` was given of layers that are not solved yet
+        self.spectra = []           # of all layers, solved or not
+        self.waiting = []           # what `add` was given of layers that are not solved yet
         self.numbers = 0            # in the matrices that wait
 
-    def take(self, s, mats, stored, whole):
-        """Another layer: its `Spectrum`, its matrices or None, the type it was stored in, and the squared norm of the
-        whole weight if they are a change of it."""
-        self.made.append(s)
+    def add(self, s, mats, stored, whole):
+        """Add a layer: its `Spectrum`; its matrices, or None if it has no spectrum; the type it was stored in; and the
+        squared norm of the whole weight, if the matrices are a change of it."""
+        self.spectra.append(s)
         if mats is None: return
         self.waiting.append((s, mats, stored, whole))
         self.numbers += mats.numel()
         if self.numbers >= self.most: self.flush()
 
     def flush(self):
-        "Solve what waits."
+        "Solve the layers that wait: their `Spectrum`s keep the eigenvalues."
         cut = [_blocks_of(mats, self.blocks) for _,mats,*_ in self.waiting]
         found = _solve(enumerate(cut), *self.options, threads=self.threads)
         precision = self.options[1]
@@ -371,20 +375,20 @@ def spectra(
     null = as_null(null)
     smallest = floor or 1e-5 # eigenvalue that is to be exact
     if floor is None: floor = 1e-5 if blocks is None else 0.
-    # complains about wrong options at once
+    # raises for wrong options before any layer is read
     esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)
     solver = (method, precision, smallest)
-    work = _Work(norm, floor, blocks, null, solver, threads)
+    queue = _Queue(norm, floor, blocks, null, solver, threads)
     def weights_of(source): return _named_weights(source, embeddings, split_groups, skip)
     before = None if base is None else {name: weight for name,_,weight,*_ in weights_of(base)}
     for name,kind,weight,transposed,groups in weights_of(model):
-        paper = .5/norm if kind == 'conv' else 1.
+        paper = .5/norm if kind == 'conv' else 1. # the factor to the paper's scale
         s = Spectrum(name, kind, _shape(weight), paper=paper)
-        w,stored,whole = _weight_of(s, weight, device, before)
-        mats = None if w is None else _stack(w, kind, conv, transposed, groups, blocks)
-        work.take(s, mats, stored, whole)
-    work.flush()
-    if work.made: return work.made
+        w,stored,whole = _weight_to_solve(s, weight, device, before)
+        mats = None if w is None else _matrices_of(w, kind, conv, transposed, groups, blocks)
+        queue.add(s, mats, stored, whole)
+    queue.flush()
+    if queue.spectra: return queue.spectra
     skipped = _skipped(model, skip)
     where = f" outside {', '.join(skipped)}" if skipped else ''
     raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}.")

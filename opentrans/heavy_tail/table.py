@@ -73,7 +73,7 @@ class _LayerFits:
         if self.null is not None: self.frame[list(NULL_COLUMNS)] = _null_frame(self)
 
     def _fit(self, s):
-        "The fit of a layer by the table's rule; none to a linear one that is too long."
+        "The fit to the spectrum of a layer by the table's rule. To a linear layer that is too long none is made."
         if s.evals is None or s.kind != 'linear' or not self.max_aspect: return s.fit(self.xmin)
         aspect = max(s.shape)/min(s.shape)
         if aspect < self.max_aspect: return s.fit(self.xmin)
@@ -81,22 +81,22 @@ class _LayerFits:
         rule = _rule_name(self.xmin)
         return _no_fit(reason, s.evals.size, rule, s.evals)
 
-    def _few(self, f):
-        "Why a fit rests on little; empty if it does not. Eigenvalues that agree to six digits count once."
+    def _why_few(self, f):
+        "Why a fit rests on few eigenvalues; empty if it does not. Those that agree to six digits count once."
         if not f.ok: return ''
         if f.n < self.few: return f'fewer than {self.few} eigenvalues'
         rounding = 1e-6*f.evals[1:]
-        is_step = np.diff(f.evals) > rounding
-        distinct = 1 + int(is_step.sum())
+        is_new = np.diff(f.evals) > rounding
+        distinct = 1 + int(is_new.sum())
         if distinct >= self.few: return ''
         return f'fewer than {self.few} distinct eigenvalues'
 
     def _row(self, s, f):
         "The columns of one layer, from its spectrum and fit."
-        few = self._few(f)
+        why_few = self._why_few(f)
         status = 'ok' if f.ok else 'failed'
-        if few: status = 'few'
-        reasons = dict.fromkeys([s.reason, f.reason, few])
+        if why_few: status = 'few'
+        reasons = dict.fromkeys([s.reason, f.reason, why_few]) # each once
         reason = '; '.join(words for words in reasons if words)
         row = _about_layer(s) | dict(status=status, reason=reason)
         row |= dict(alpha=f.alpha, xmin=f.xmin, D=f.D, sigma=f.sigma, n_tail=f.n_tail)
@@ -108,13 +108,13 @@ class _LayerFits:
 
 # %% ../../nbs/02b_layers.ipynb #d2d0dd0d
 def _fit_like(s, evals, xmin):
-    "The fit to random eigenvalues that are treated as those of a layer."
+    "The fit to random eigenvalues, which are cut off and scaled as those of the layer `s` are."
     sample = replace(s, evals=evals[evals > s.cutoff], noise=0.)
     return sample.fit(xmin)
 
 def _random_alphas(table, s, shared):
-    """(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them, in the
-    dictionary `shared`, where scale does not matter."""
+    """(alphas, standard error of the first one) of random spectra by the table's own rule. Where neither a cutoff nor
+    the rule depends on scale, layers of one shape have the same ones, which stand in the dictionary `shared`."""
     drawn = s.random(table.null)
     is_uncut = drawn.size and drawn.min() > s.cutoff
     any_scale = table.null.kind != 'shuffle' and _rule_name(table.xmin) in ('ks', 'median', 'peak')
@@ -128,14 +128,14 @@ def _random_alphas(table, s, shared):
     return shared[key]
 
 def _against_null(table, s, f, shared):
-    "The columns of `null` for one layer."
+    "What the comparison with random matrices adds to the row of one layer."
     alphas,sigma = _random_alphas(table, s, shared)
     if not len(alphas) or not f.ok: return {}
     edge = s.random_edge(table.null)
     return compare_with_null(f.alpha, s.evals, alphas, sigma, edge)
 
 def _null_frame(table):
-    "The columns of `null`, a row a layer."
+    "The `NULL_COLUMNS` of a table, a row a layer."
     shared = {}
     rows = []
     for name,s in table.spectra.items():
@@ -318,19 +318,20 @@ def analyze(
 )->LayerTable: # A row a layer
     """Spectrum and power law of every layer (Sec. 3.3.2). A layer without a fit is a row of NaN with a reason.
     Raises `OpenTransError`."""
-    _rule_name(xmin) # complains about an unknown rule before anything is computed
+    _rule_name(xmin) # raises for an unknown rule before anything is computed
     blocks = as_blocks(aspect)
     null = as_null(null)
-    made = spectra(model, conv, norm, skip, aspect=blocks, null=null, base=base, **options)
+    found = spectra(model, conv, norm, skip, aspect=blocks, null=null, base=base, **options)
     if skip is None: skipped = None
     else: skipped = list(_skipped(model, skip))
-    said = dict(options, conv=conv, norm=norm, skip=skipped)
-    if 'device' in options: said['device'] = str(options['device'])
-    if blocks is not None: said['aspect'] = asdict(blocks)
-    if base is not None: said['base'] = type(base).__name__
-    names = {s.name for s in made}
-    said['unread'] = _not_read(model, names, skip)
-    return LayerTable(made, xmin, few, max_aspect, said, null)
+    # how the spectra were made, as plain values that a file can hold
+    record = dict(options, conv=conv, norm=norm, skip=skipped)
+    if 'device' in options: record['device'] = str(options['device'])
+    if blocks is not None: record['aspect'] = asdict(blocks)
+    if base is not None: record['base'] = type(base).__name__
+    names = {s.name for s in found}
+    record['unread'] = _not_read(model, names, skip)
+    return LayerTable(found, xmin, few, max_aspect, record, null)
 
 # %% ../../nbs/02b_layers.ipynb #2fd1f0b4
 _BLUE = '#3b6fb6'
@@ -487,8 +488,8 @@ def _selection(table, freeze, by, seed):
     frozen = _chosen(values, by, count, seed)
     rule = _rule_in_words(table, freeze, by, seed, len(values))
     trained = [name for name in frame.index if name not in frozen]
-    kept = [name for name in frame.index if name in frozen]
-    return LayerSelection(trained, kept, rule)
+    frozen_in_order = [name for name in frame.index if name in frozen]
+    return LayerSelection(trained, frozen_in_order, rule)
 
 # %% ../../nbs/02b_layers.ipynb #35a9a355
 def _shade(places, ax):

@@ -45,25 +45,26 @@ def _parameters(function):
     return list(signature.parameters.values())
 
 # %% ../../nbs/01d_criteria.ipynb #f82668fe
-def _ask_criterion(score, model, losses=None, wanted=None, **kwargs):
-    """The scores that a criterion gives. It is passed only what it takes: the model, `losses`, arguments of
-    `prunable`, and of `wanted`, which describes the mask to be made, what it names."""
-    takes = _parameters(score)
-    names = [param.name for param in takes]
-    takes_anything = any(param.kind == param.VAR_KEYWORD for param in takes)
+def _ask_criterion(criterion, model, losses=None, wanted=None, **kwargs):
+    """The scores that a criterion gives. It is passed only what it takes: the model; `losses`, as its second argument
+    whatever that is called; arguments of `prunable`; and by name what it takes of `wanted`, which describes the mask
+    to be made."""
+    params = _parameters(criterion)
+    names = [param.name for param in params]
+    takes_anything = any(param.kind == param.VAR_KEYWORD for param in params)
     by_place = [model]
     by_name = {name: value for name,value in kwargs.items() if takes_anything or name in names}
     by_name |= {name: value for name,value in (wanted or {}).items() if name in names}
-    second = takes[1] if len(takes) > 1 else None
+    second = params[1] if len(params) > 1 else None
     if second is not None and second.kind != second.POSITIONAL_OR_KEYWORD: second = None
     must_have_second = second is not None and second.default is second.empty
     may_have_second = second is not None and losses is not None
     if must_have_second or may_have_second: by_place.append(losses)
     elif losses is not None and (takes_anything or 'losses' in names): by_name['losses'] = losses
-    scores = score(*by_place, **by_name)
+    scores = criterion(*by_place, **by_name)
     if isinstance(scores, dict): return scores
     given = type(scores).__name__
-    raise OpenTransError(f"The criterion {_name_of(score)} gives a {given}, "
+    raise OpenTransError(f"The criterion {_name_of(criterion)} gives a {given}, "
                          "not a dict of name -> scores.")
 
 @criterion('magnitude')
@@ -76,16 +77,16 @@ def weight_magnitude(
     return _magnitudes(prunable(model, **kwargs))
 
 # %% ../../nbs/01d_criteria.ipynb #424d419b
-def _threads():
-    "The number of threads, for the info of a mask: sums are rounded otherwise by another number of them."
+def _threads_info():
+    "For the info of a mask: the number of threads, as sums are rounded otherwise by another number of them."
     return dict(threads=torch.get_num_threads())
 
-def _scores(score, mask, model, losses=None, wanted=None, **kwargs):
+def _scores(criterion, mask, model, losses=None, wanted=None, **kwargs):
     """Scores of the masked weights, by a criterion. Raises `OpenTransError` if it leaves a layer out, or gives
     another shape."""
     # the same scores, without another search for the prunable layers
-    if score is weight_magnitude: return {name: _magnitude(weight) for name,weight in mask.weights(model).items()}
-    scores = _ask_criterion(score, model, losses, wanted, **kwargs)
+    if criterion is weight_magnitude: return {name: _magnitude(weight) for name,weight in mask.weights(model).items()}
+    scores = _ask_criterion(criterion, model, losses, wanted, **kwargs)
     lacking = [name for name in mask.names if name not in scores]
     if lacking:
         first = ', '.join(lacking[:6])
@@ -100,7 +101,7 @@ def _scores(score, mask, model, losses=None, wanted=None, **kwargs):
 
 # %% ../../nbs/01d_criteria.ipynb #dd9008f1
 @contextlib.contextmanager
-def _all_learn(model, params):
+def _gradients_on(model, params):
     "Inside the block the model is in eval mode and all `params` take gradients; afterwards all is as it was."
     before = [param.requires_grad for param in params]
     modes = {module: module.training for module in model.modules()}
@@ -119,7 +120,7 @@ def _gradients(found, model, losses):
                              "scalar loss a batch.")
     param_of = {id(layer.param): layer.param for layer in found}
     params = list(param_of.values())
-    with _all_learn(model, params), torch.enable_grad():
+    with _gradients_on(model, params), torch.enable_grad():
         batches = losses(model)
         for loss in [batches] if isinstance(batches, torch.Tensor) else batches:
             grads = torch.autograd.grad(loss, params, allow_unused=True)

@@ -54,8 +54,11 @@ class _Zeroing:
         if t.device.type == 'cpu': return _zero(t, self.keep)
         if self.dead is None: self.dead = ~self.keep
         t.masked_fill_(self.dead, 0)
+
     def zero_weight(self): self.zero(self.param.data)
+
     def zero_grad(self, param):
+        "A hook on the parameter: zero its gradient as soon as that is there."
         if param.grad is None: return
         if param.grad.layout != torch.strided: param.grad = param.grad.to_dense()
         self.zero(param.grad.data)
@@ -231,9 +234,9 @@ def _after_loading(module, keys):
 
 def _listen(force):
     "Hook a force to all optimizers, and to all parameters that are set, without keeping it alive."
-    me = weakref.ref(force)
+    ref = weakref.ref(force)
     def if_alive(method):
-        return lambda *args: getattr(me(), method)(*args) if me() is not None else None
+        return lambda *args: getattr(ref(), method)(*args) if ref() is not None else None
     steps = around_step(if_alive('before_step'), if_alive('after_step'))
     arrivals = register_module_parameter_registration_hook(if_alive('arrives'))
     listeners = Handle(steps.remove, arrivals.remove)
@@ -282,7 +285,7 @@ class _Places:
 # %% ../../nbs/01c_force.ipynb #bf4b56cc
 class _Force(_Places):
     "A mask in force: it follows its places, and acts around each step of an optimizer."
-    def find(self, slot):
+    def follow(self, slot):
         "Bring a slot to the module that stands at its path now, if the model that the mask was put on still lives."
         root = self.root()
         steps = None if root is None else _steps_to(root, slot.path)
@@ -308,7 +311,7 @@ class _Force(_Places):
         """Mask whatever stands in the places now. Raises `OpenTransError` if there is something that cannot be
         masked."""
         if slots is None:
-            for slot in self.slots: self.find(slot)
+            for slot in self.slots: self.follow(slot)
         lost = {}
         for slot in self.slots if slots is None else slots:
             if slot.module() is None: continue
@@ -330,10 +333,12 @@ class _Force(_Places):
             self.take(slot, param)
 
     def before_step(self, opt):
+        "Called before each step of any optimizer."
         if not self.intact(): self.restore()
         for keeper in self.keepers: keeper.before_step()
 
     def after_step(self, opt):
+        "Called after each step of any optimizer; the weights that it holds are zeroed where they must be."
         held = held_by(opt)
         for keeper in self.keepers:
             if id(keeper.param) in held: keeper.after_step(opt)

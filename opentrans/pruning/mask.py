@@ -22,7 +22,7 @@ from ..escape import for_plot
 from ..files import FileKind, load_tensors, metadata_value, pack_bits, plain_json, save_tensors, unpack_bits
 from ..naming import clean_name, match_pattern, tell_reasons
 from .baked import _bake, _mask_state, _must_exist
-from .criteria import _ask_criterion, _find_criterion, _name_of, _threads
+from .criteria import _ask_criterion, _find_criterion, _name_of, _threads_info
 from .force import _keep_in_force, ActiveMask
 from .places import _candidates, _place, prunable
 from .ranking import (
@@ -242,7 +242,7 @@ class _MaskMaking(_MaskSets):
         found = prunable(model, **kwargs)
         info = _info(model, found, method=name, scope=scope)
         info |= _dense_info(model, **kwargs)
-        if losses is not None: info |= _threads()
+        if losses is not None: info |= _threads_info()
         wanted = dict(density=density, scope=scope)
         scores = _ask_criterion(score, model, losses, wanted, **kwargs)
         masks = _choose(scores, density, scope, layers(model))

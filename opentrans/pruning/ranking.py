@@ -135,8 +135,8 @@ def _shares_of(density, names):
 
 # %% ../../nbs/01a_ranking.ipynb #440ee690
 def _counts(sizes, shares, keep=None, most=None):
-    """Layer -> how many weights it keeps: its share, rounded to at least one and at most `most[name]`, so that all
-    layers together keep `keep`, or their shares if that is None."""
+    """Layer -> how many weights it keeps: its share, rounded up or down so that all layers together keep `keep`, or
+    the sum of their shares if that is None; at least one, and at most `most[name]`, or all if that is None."""
     exact = {name: sizes[name]*shares[name] for name in sizes}
     most = most or sizes
     counts = {}
@@ -144,16 +144,16 @@ def _counts(sizes, shares, keep=None, most=None):
         whole = math.floor(value + 1e-9)
         counts[name] = max(1, min(most[name], whole))
     total = round(sum(exact.values())) if keep is None else keep
-    lacking = total - sum(counts.values())
-    step = 1 if lacking > 0 else -1
+    to_add = total - sum(counts.values()) # below zero, too many are kept
+    step = 1 if to_add > 0 else -1
     def rounded_away(name): return step*(counts[name]-exact[name])
     # first the layers that rounding has moved furthest from their share
     for name in sorted(exact, key=rounded_away):
-        if lacking == 0: break
+        if to_add == 0: break
         count = counts[name]+step
         if not 1 <= count <= most[name]: continue
         counts[name] = count
-        lacking -= step
+        to_add -= step
     return counts
 
 def _keep_each(scores, counts, alive=None):
@@ -161,8 +161,8 @@ def _keep_each(scores, counts, alive=None):
     masks = {}
     thresholds = []
     for name,score in scores.items():
-        within = None if alive is None else {name: alive[name]}
-        kept,threshold = _keep_best({name: score}, counts[name], within)
+        own_alive = None if alive is None else {name: alive[name]}
+        kept,threshold = _keep_best({name: score}, counts[name], own_alive)
         masks[name] = kept[name]
         thresholds.append(threshold)
     return masks,max(thresholds)

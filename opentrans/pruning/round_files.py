@@ -26,10 +26,10 @@ _GROUP = Group() # the processes that prune together: a training may have made t
 
 def _in_first(work):
     "What a function gives in the first process, and None in the others. Its `OpenTransError` is raised in all of them."
-    return _GROUP.together(lambda: None if _GROUP.rank else work())
+    return _GROUP.together(lambda: work() if _GROUP.main else None)
 
 # %% ../../nbs/01d2_round_files.ipynb #2370342f
-def _from_first(mask):
+def _share_mask(mask):
     "In several processes: the mask of the first one, everywhere."
     if _GROUP.n == 1: return mask
     bits = _GROUP.tell({name: pack_bits(stays) for name,stays in mask.items()})
@@ -49,12 +49,13 @@ def _share_state(model):
     "In several processes: the weights and statistics of the first one, everywhere."
     if _GROUP.n == 1: return
     own = None
-    if not _GROUP.rank: own = {name: t.cpu() for name,t in _tensors_of(model).items()}
+    if _GROUP.main: own = {name: t.cpu() for name,t in _tensors_of(model).items()}
     state = _GROUP.tell(own)
-    if _GROUP.rank: _put_state(model, state)
+    if not _GROUP.main: _put_state(model, state)
 
 # %% ../../nbs/01d2_round_files.ipynb #318e4728
 def _as_number(name, value):
+    "What a training reports under a name, as a float. Raises `OpenTransError` for what is no number."
     try: return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OpenTransError(
@@ -74,17 +75,21 @@ def _takes_within(train):
     return 'within' in params and params['within'].kind == inspect.Parameter.KEYWORD_ONLY
 
 def _train_round(train, model, r, within=None):
-    "Train for one round, by `train` with as many of (model, r) as it takes. What it reports, as plain numbers."
-    taken = next((n for n in (2, 1, 0) if _can_take(train, n)), None)
-    if taken is None: raise OpenTransError("train must be a function train(model, round) or train(model).")
+    """Train for one round: call `train` with both of (model, r), with the model alone, or with neither, as it
+    allows. Gives what it reports, as plain numbers."""
+    counts = [n for n in (2, 1, 0) if _can_take(train, n)]
+    if not counts: raise OpenTransError("train must be a function train(model, round) or train(model).")
+    by_place = (model, r)[:counts[0]]
     by_name = {} if within is None else dict(within=within)
-    report = train(*(model, r)[:taken], **by_name)
+    report = train(*by_place, **by_name)
     if report is None: return {}
     if not isinstance(report, dict): report = dict(loss=report)
     return {str(name): _as_number(name, value) for name,value in report.items()}
 
 # %% ../../nbs/01d2_round_files.ipynb #c0e94b75
-def _memory_keeper(train):
+# Two kinds of state of a training lie in files, under prefixes that must not be confused: its memory between rounds
+# under 'train/', and what it needs to go on within a round under 'training/'.
+def _memory_holder(train):
     """The object with a state that is kept between rounds: the training function, or what is inside a `partial`, a
     decorated function or a method. None if there is none."""
     for _ in range(9): # so many layers at most
@@ -97,9 +102,9 @@ def _memory_keeper(train):
 def _memory_of(train):
     """What the training remembers, as tensors: under `train/`, or under `train.0/`, `train.1/` where processes
     remember different things."""
-    keeper = _memory_keeper(train)
+    holder = _memory_holder(train)
     own = {}
-    if keeper is not None: own = {name: t.detach().cpu() for name,t in _state_under('', keeper).items()}
+    if holder is not None: own = {name: t.detach().cpu() for name,t in _state_under('', holder).items()}
     sums = _GROUP.every(checksum(own, {}))
     alike = len(set(sums)) == 1
     if alike: return {f'train/{name}': t for name,t in own.items()}
@@ -110,12 +115,12 @@ def _memory_of(train):
 
 def _restore_memory(train, memory, path):
     "Give the training back what `_memory_of` gave. Raises `OpenTransError` if it does not take it."
-    keeper = _memory_keeper(train)
-    # of this process, of all alike, of the first one
+    holder = _memory_holder(train)
+    # what this process remembered; what all did; else what the first one did
     prefixes = (f'train.{_GROUP.rank}/', 'train/', 'train.0/')
     own = next((found for prefix in prefixes if (found := strip_prefix(prefix, memory))), None)
-    if keeper is None or not own: return
-    try: keeper.load_state_dict(own)
+    if holder is None or not own: return
+    try: holder.load_state_dict(own)
     except OpenTransError: raise
     except Exception as error: # another's function can fail with any of them
         why = f'the training function does not take what it remembered ({type(error).__name__}: {shorten(error)})'
@@ -132,8 +137,8 @@ def _infinite_buffers(model):
     state = _tensors_of(model)
     spoilt_buffers = [name for name in not_finite(state) if name not in params]
     infinite = {name for name in spoilt_buffers if not state[name].isnan().any()}
-    numbers = {name: t for name,t in state.items() if name not in infinite}
-    check_finite(numbers, 'the model at the start', 'Give one whose weights are numbers.')
+    others = {name: t for name,t in state.items() if name not in infinite}
+    check_finite(others, 'the model at the start', 'Give one whose weights are numbers.')
     return infinite
 
 def _check_round(model, infinite, r, report):
@@ -141,75 +146,79 @@ def _check_round(model, infinite, r, report):
     for name,value in report.items():
         if 'loss' not in name or math.isfinite(value): continue
         raise OpenTransError(f"Round {r} ended with {name}={value}. {_ADVICE}")
-    numbers = {name: t for name,t in _tensors_of(model).items() if name not in infinite}
-    check_finite(numbers, f'the model after round {r}', _ADVICE)
+    others = {name: t for name,t in _tensors_of(model).items() if name not in infinite}
+    check_finite(others, f'the model after round {r}', _ADVICE)
 
 # columns of a history that are not the training's: what it reports under these names is renamed
 _OWN_COLUMNS = ('round', 'density', 'kept', 'threshold', 'seconds')
 
-def _row(r, mask, threshold, report, began):
+def _row(r, mask, threshold, report, start_time):
     "A row of the history: what the round left, what its training reported, and how long it took."
     reported = {}
     for name,value in report.items():
         column = f'train.{name}' if name in _OWN_COLUMNS else name
         reported[column] = value
     ours = dict(round=r, density=mask.density, kept=mask.kept, threshold=threshold)
-    return {**ours, **reported, 'seconds': time.perf_counter()-began}
+    return {**ours, **reported, 'seconds': time.perf_counter()-start_time}
 
 # %% ../../nbs/01d2_round_files.ipynb #9cca8e6d
 IMP_FILE = FileKind('opentrans-imp', 'checkpoint of imp', 'imp', oldest=2)
 START_FILE = FileKind('opentrans-imp-start', 'start of imp', 'imp', oldest=2)
 ROUND_FILE = FileKind('opentrans-imp-round', 'checkpoint within a round of imp', 'imp', oldest=2)
 
-class _Ran(TypedDict):
-    """What a file says of its run: digests of the weights at the start and of the state to rewind to, and where it
-    ran."""
-    weights: str
-    start: str | None
+class _Origin(TypedDict):
+    "What a file says of its run, under the name `ran`: what the run began with, and what it is computed by."
+    weights: str        # digest of the weights at the start
+    start: str | None   # checksum of the state to rewind to
     threads: int
     device: str
 
 _Number = int | float | Literal['nan', 'inf', '-inf'] # JSON has no infinity
 
 def _row_for_json(row):
-    def told(value): return value if math.isfinite(value) else str(value)
-    return {name: told(value) for name,value in row.items()}
+    "A row of the history with NaN and infinity as texts."
+    return {name: value if math.isfinite(value) else str(value) for name,value in row.items()}
+
 def _row_from_json(row):
-    def meant(value): return float(value) if isinstance(value, str) else value
-    return {name: meant(value) for name,value in row.items()}
+    "A row of the history as it was before `_row_for_json`."
+    return {name: float(value) if isinstance(value, str) else value for name,value in row.items()}
 
 # %% ../../nbs/01d2_round_files.ipynb #b7bde421
-class _Folder:
-    """An `imp` run and its folder: `imp.safetensors` with the last whole round, `round.safetensors` within the next
-    one, `start.safetensors` to rewind to, `settings.json` to read."""
-    def __init__(self, folder, settings, plan, rewind_to, model, digest):
+# A run of `imp` is one class, built up step by step, each on the one before: what it knows (`_ImpState`), writes
+# (`_Writing`), checks (`_Checking`) and reads (`_ReadingFiles`, `_Reading`), how it begins and rewinds (`_Rewinding`),
+# and in the module of `imp` how it holds its folder (`_ImpRun`).
+class _ImpState:
+    """What a run of `imp` knows, and the files in its folder: `imp.safetensors` with the last whole round,
+    `round.safetensors` within the next one, `start.safetensors` to rewind to; also `settings.json`, for people."""
+    def __init__(self, folder, settings, plan, rewind_to, model, digest_now):
         self.folder = Path(folder) if folder else None
         self.settings = _storable(settings)
         self.plan = plan                # densities after each round
         self.rewind_to = rewind_to      # what `imp` was given as `rewind`
-        self.model = model
-        self.digest_now = digest        # a function: the digest of the weights as they are
-        self.digest = digest()          # of the weights that the run began with
+        self.model = model              # without wrappers, so that names in files do not depend on them
+        self.digest_now = digest_now    # a function: the digest of the weights as they are
+        self.digest = digest_now()      # of the weights that the run began with
         self.done = 0                   # whole rounds
         self.infinite = set()           # buffers that hold infinity from the start
         self.start_sum = None           # checksum of the state to rewind to
         self.kept_start = None          # that state itself, of a run without a folder
-        self.part = None                # what was read of a round that had begun
+        self.part = None                # what `_read_round` found of a round that had begun
         self.fresh = False              # does the run begin only now?
         if not self.folder: return
-        self.file = RunFile(self.folder/'imp.safetensors', self.settings, IMP_FILE)
-        self.start = RunFile(self.folder/'start.safetensors', self.settings, START_FILE)
-        self.round = RunFile(self.folder/'round.safetensors', self.settings, ROUND_FILE)
+        self.whole_file = RunFile(self.folder/'imp.safetensors', self.settings, IMP_FILE)
+        self.start_file = RunFile(self.folder/'start.safetensors', self.settings, START_FILE)
+        self.part_file = RunFile(self.folder/'round.safetensors', self.settings, ROUND_FILE)
 
 # %% ../../nbs/01d2_round_files.ipynb #d2f7ae8c
-class _Writing(_Folder):
+class _Writing(_ImpState):
     "What a run writes after each round."
-    def here(self):
-        "Where the run is computed: what may change the last bits of sums."
+    def machine(self):
+        "What the run is computed by, which may change the last bits of sums."
         return dict(threads=torch.get_num_threads(), device=device_of(self.model).type)
-    def ran(self):
-        "What each file says of its run, in the form of `_Ran`."
-        return dict(weights=self.digest, start=self.start_sum, **self.here())
+
+    def origin(self):
+        "What each file says of its run: an `_Origin`."
+        return dict(weights=self.digest, start=self.start_sum, **self.machine())
 
     def must_be_finite(self, name):
         "Must a tensor of a file be finite? Those of the model must; what a training remembers is its own affair."
@@ -228,72 +237,43 @@ class _Writing(_Folder):
         bits = {f'mask/{name}': pack_bits(stays) for name,stays in mask.items()}
         tensors = {**_state_under('model/', self.model), **bits, **memory}
         rows = [_row_for_json(row) for row in history]
-        self.file.save(tensors, self.must_be_finite, history=rows, ran=self.ran())
-        self.round.path.unlink(missing_ok=True) # the round is whole
+        self.whole_file.save(tensors, self.must_be_finite, history=rows, ran=self.origin())
+        self.part_file.path.unlink(missing_ok=True) # that round is whole now
 
-# %% ../../nbs/01d2_round_files.ipynb #5cff4a99
-class _Reading(_Writing):
-    "What a run reads when it goes on; every file is checked in all its parts before anything is changed."
+class _Checking(_Writing):
+    "What is checked in every file that a run reads."
     def _same_start(self, file, meta):
-        "What a file says of its run. Raises `OtherRun` if that began with other weights."
-        ran = metadata_value(meta, 'ran', _Ran, file.path)
-        if ran['weights'] == self.digest: return ran
+        "The `_Origin` in a file. Raises `OtherRun` if it is of a run that began with other weights."
+        origin = metadata_value(meta, 'ran', _Origin, file.path)
+        if origin['weights'] == self.digest: return origin
         raise OtherRun(
-            f"The run in '{self.folder}' began with other weights (digest {shorten(ran['weights'], 16)}, here "
+            f"The run in '{self.folder}' began with other weights (digest {shorten(origin['weights'], 16)}, here "
             f"{self.digest}). Give the same model again, as it was at the start, or choose another folder.")
-
-    def _history(self, meta, total):
-        "The rows of the rounds that are done. Raises `DamagedFile` if they are not those of the schedule."
-        told = metadata_value(meta, 'history', list[dict[str, _Number]], self.file.path)
-        rows = [_row_from_json(row) for row in told]
-        plan = self.plan[:len(rows)]
-        kept = [max(1, round(density*total)) for density in plan]
-        expected = [(r, count, count/total) for r,count in enumerate(kept)]
-        found = [(row.get('round'), row.get('kept'), row.get('density')) for row in rows]
-        if found == expected and all('threshold' in row for row in rows): return rows
-        raise IMP_FILE.damaged(self.file.path, 'its history is not that of its schedule')
 
     def _check_state(self, state, path):
         "Raises `OpenTransError` if a state from a file does not fit the model, or is not finite."
         check_like(state, _tensors_of(self.model), path, finite=False)
-        numbers = {name: t for name,t in state.items() if name not in self.infinite}
-        check_finite(numbers, f"the weights in '{path}'", 'Delete it to begin again, or choose another folder.')
+        others = {name: t for name,t in state.items() if name not in self.infinite}
+        check_finite(others, f"the weights in '{path}'", 'Delete it to begin again, or choose another folder.')
 
-    def _read(self, mask):
-        """The last whole round, checked in all its parts: state, mask, history, memory of the training. None if
-        there is none."""
-        found = self.file.load()
-        if found is None: return None
-        tensors,meta = found
-        path = self.file.path
-        ran = self._same_start(self.file, meta)
-        history = self._history(meta, mask.total)
-        state = strip_prefix('model/', tensors)
-        bits = strip_prefix('mask/', tensors)
-        memory = {name: t for name,t in tensors.items() if re.match(r'train(\.\d+)?/', name)}
-        if len(state)+len(bits)+len(memory) < len(tensors):
-            raise IMP_FILE.damaged(path, 'it holds tensors of no known kind')
-        self._check_state(state, path)
-        mask = SparseMask(_unpacked(bits, mask.shapes, IMP_FILE, path))
-        if mask.kept != (history[-1]['kept'] if history else mask.total):
-            raise IMP_FILE.damaged(path, 'its mask does not fit its history')
-        self.start_sum = ran['start']
-        if self.rewind_to is not None: self._read_start() # only checked here; `rewind` reads it again
-        part = self._read_round(len(history))
-        self._warn_of_another_place({key: ran[key] for key in self.here()})
-        return state,mask,history,memory,part
+    def _warn_of_other_machine(self, was):
+        "Warns if the run goes on by another `machine` than it `was` on."
+        now = self.machine()
+        if was == now: return
+        warnings.warn(f"The run in '{self.folder}' was on {was} and goes on with {now}: "
+                      "sums may differ in their last bits, and the mask in a few places.")
 
-# %% ../../nbs/01d2_round_files.ipynb #c104da9d
-class _ReadingParts(_Reading):
+# %% ../../nbs/01d2_round_files.ipynb #5cff4a99
+class _ReadingFiles(_Checking):
     "The two files beside the whole round."
     def _read_round(self, done):
         """The checkpoint within the next round: model, tensors and values of the training, digest of the weights
         that the round began with. None if there is none, or one of another round."""
-        found = self.round.load()
+        found = self.part_file.load()
         if found is None: return None
         tensors,meta = found
-        path = self.round.path
-        self._same_start(self.round, meta)
+        path = self.part_file.path
+        self._same_start(self.part_file, meta)
         if metadata_value(meta, 'round', int, path) != done: return None
         state = strip_prefix('model/', tensors)
         own = strip_prefix('training/', tensors)
@@ -305,41 +285,74 @@ class _ReadingParts(_Reading):
 
     def _read_start(self):
         "The state to rewind to. Raises `OpenTransError` if it is not the one that this run has written."
-        found = self.start.load()
-        path = self.start.path
+        found = self.start_file.load()
+        path = self.start_file.path
         if found is None:
             raise OpenTransError(f"'{path}' is gone: the run cannot rewind. Put it back, or choose another folder.")
         tensors,meta = found
-        self._same_start(self.start, meta)
+        self._same_start(self.start_file, meta)
         if checksum(tensors, {}) != self.start_sum:
-            raise OtherRun(f"'{path}' belongs to another run than '{self.file.path.name}' beside it. "
+            raise OtherRun(f"'{path}' belongs to another run than '{self.whole_file.path.name}' beside it. "
                            "Choose another folder.")
         self._check_state(tensors, path)
         return tensors
 
-    def _warn_of_another_place(self, was):
-        if was == self.here(): return
-        warnings.warn(f"The run in '{self.folder}' was on {was} and goes on with {self.here()}: "
-                      "sums may differ in their last bits, and the mask in a few places.")
+# %% ../../nbs/01d2_round_files.ipynb #c104da9d
+class _Reading(_ReadingFiles):
+    "What a run reads when it goes on; every file is checked in all its parts before anything is changed."
+    def _history(self, meta, total):
+        "The rows of the rounds that are done. Raises `DamagedFile` if they are not those of the schedule."
+        told = metadata_value(meta, 'history', list[dict[str, _Number]], self.whole_file.path)
+        rows = [_row_from_json(row) for row in told]
+        plan = self.plan[:len(rows)]
+        kept = [max(1, round(density*total)) for density in plan]
+        expected = [(r, count, count/total) for r,count in enumerate(kept)]
+        found = [(row.get('round'), row.get('kept'), row.get('density')) for row in rows]
+        if found == expected and all('threshold' in row for row in rows): return rows
+        raise IMP_FILE.damaged(self.whole_file.path, 'its history is not that of its schedule')
+
+    def _read(self, mask):
+        """The last whole round, checked in all its parts: state, mask, history, memory of the training; and what
+        `_read_round` gives of the next one. None if no round is whole."""
+        found = self.whole_file.load()
+        if found is None: return None
+        tensors,meta = found
+        path = self.whole_file.path
+        origin = self._same_start(self.whole_file, meta)
+        history = self._history(meta, mask.total)
+        state = strip_prefix('model/', tensors)
+        bits = strip_prefix('mask/', tensors)
+        memory = {name: t for name,t in tensors.items() if re.match(r'train(\.\d+)?/', name)}
+        if len(state)+len(bits)+len(memory) < len(tensors):
+            raise IMP_FILE.damaged(path, 'it holds tensors of no known kind')
+        self._check_state(state, path)
+        mask = SparseMask(_unpacked(bits, mask.shapes, IMP_FILE, path))
+        if mask.kept != (history[-1]['kept'] if history else mask.total):
+            raise IMP_FILE.damaged(path, 'its mask does not fit its history')
+        self.start_sum = origin['start']
+        if self.rewind_to is not None: self._read_start() # only checked here; `rewind` reads it again
+        part = self._read_round(len(history))
+        self._warn_of_other_machine({key: origin[key] for key in self.machine()})
+        return state,mask,history,memory,part
 
 # %% ../../nbs/01d2_round_files.ipynb #f487f5db
-class _Rewinding(_ReadingParts):
-    "Where a run begins, goes on and goes back to."
+class _Rewinding(_Reading):
+    "How a run begins, goes on after an interruption, and puts its weights back to the start."
     def begin(self, mask, train, seed):
-        """Begin the run, or put back its last whole round: mask and history. Nothing is changed before all is
-        checked."""
+        """Begin the run, or put back its last whole round. Gives the mask and the history so far. Nothing is changed
+        before all is checked."""
         self.infinite = _GROUP.together(lambda: _infinite_buffers(self.model))
         found = _GROUP.tell(_in_first(lambda: self._read(mask) if self.folder else None))
         if found is None: return self._begin_anew(mask, train, seed)
         state,mask,history,memory,self.part = found
-        _GROUP.together(lambda: _restore_memory(train, memory, self.file.path))
+        _GROUP.together(lambda: _restore_memory(train, memory, self.whole_file.path))
         _put_state(self.model, state)
         self.done = len(history)
         return mask,history
 
     def _begin_anew(self, mask, train, seed):
         """Write what the first round begins with, so that a full disk shows at once, and a run that is broken off in
-        that round can begin it again. The mask and an empty history."""
+        that round can begin it again. Gives the mask and an empty history."""
         self.digest = self.digest_now()
         self.fresh = True
         if callable(self.rewind_to):
@@ -356,18 +369,17 @@ class _Rewinding(_ReadingParts):
         if self.rewind_to is None: return
         state = _state_under('', self.model)
         if isinstance(self.rewind_to, dict): state = {name: self.rewind_to[name] for name in state}
-        numbers = {name: t for name,t in state.items() if name not in self.infinite}
-        check_finite(numbers, 'the state to rewind to')
+        others = {name: t for name,t in state.items() if name not in self.infinite}
+        check_finite(others, 'the state to rewind to')
         if self.folder:
             self.start_sum = checksum(state, {})
-            self.start.save(state, self.must_be_finite, ran=self.ran())
+            self.start_file.save(state, self.must_be_finite, ran=self.origin())
             return
-        copies = {}
-        for name,t in state.items(): copies[name] = t.detach().cpu().clone()
-        self.kept_start = copies
+        self.kept_start = {name: t.detach().cpu().clone() for name,t in state.items()}
 
     def rewind(self):
-        "Put the weights back to the start, if that is asked for."
+        """Put the weights back to the start, if that is asked for. Only in the first process: the others get them by
+        `_share_state`."""
         if self.rewind_to is None: return
         state = _in_first(lambda: self.kept_start or self._read_start())
-        if not _GROUP.rank: _put_state(self.model, state)
+        if _GROUP.main: _put_state(self.model, state)

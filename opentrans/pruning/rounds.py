@@ -26,7 +26,7 @@ from .prices import _prices_of, _worth
 from .ranking import (
     _check_density, _check_share, _counts, _keep_best, _keep_each, _shares_of)
 from .round_files import (
-    _check_round, _from_first, _GROUP, _in_first, _put_state, _Rewinding, _row, _share_state, _takes_within,
+    _check_round, _GROUP, _in_first, _put_state, _Rewinding, _row, _share_mask, _share_state, _takes_within,
     _tensors_of, _train_round, ROUND_FILE)
 from ..runtime import get_axes, signal_handlers, progress, seeded
 
@@ -69,12 +69,12 @@ class Within:
         self.round: int = round
         self.every: int|None = every
         self.fresh: bool = run.fresh and round == 0 # nothing in the folder is of this run
-        self.began: str|None = run.digest_now() if not _GROUP.rank else None
+        self.began: str|None = run.digest_now() if _GROUP.main else None # digest of the weights
 
     @property
     def folder(self)->Path: return self.run.folder
     @property
-    def path(self)->Path: return self.run.round.path
+    def path(self)->Path: return self.run.part_file.path
     @property
     def settings(self)->dict[str, Any]: return self.run.settings
 
@@ -87,9 +87,9 @@ class Within:
         own = {f'training/{name}': tensor for name,tensor in tensors.items()}
         def write():
             began = dict(weights=self.began)
-            meta = dict(round=self.round, training=values, began=began, ran=self.run.ran())
+            meta = dict(round=self.round, training=values, began=began, ran=self.run.origin())
             state = _state_under('model/', self.run.model)
-            self.run.round.save({**state, **own}, self.run.must_be_finite, **meta)
+            self.run.part_file.save({**state, **own}, self.run.must_be_finite, **meta)
         _in_first(write)
 
     # (state of the model, tensors, values), or None if the round begins at its beginning
@@ -109,8 +109,9 @@ class Within:
         _put_state(self.run.model, state)
 
     def _check(self, began):
+        "Raises `OtherRun` for a checkpoint of a round that began with other weights: those with the digest `began`."
         if began == self.began: return
-        beside = self.run.file.path.name
+        beside = self.run.whole_file.path.name
         raise OtherRun(
             f"'{self.path}' is within a round that began with other weights than '{beside}' "
             f"beside it leaves. Delete it to begin the round again.")
@@ -122,19 +123,22 @@ class Within:
         return ROUND_FILE.damaged(self.path, why)
 
 # %% ../../nbs/01e_imp.ipynb #e52673bf
-# what collectives say when another process is gone
+# words in the errors of torch's collectives when another process is gone
 _LOST = re.compile('gloo|nccl|connection|peer|process group', re.I)
-# model that was left in the midst of a run -> (folder, digest at the start, digest when it was left)
-_LEFT = weakref.WeakKeyDictionary()
+# model whose run was broken off in this process -> (folder, digest of its weights at the start of the run, and of
+# those that it was left with)
+_BROKEN_OFF = weakref.WeakKeyDictionary()
 
-class _EndSignal(BaseException): "A signal to end, which no `except` on the way takes for an error."
+class _EndSignal(BaseException):
+    "A signal to end. It is no `Exception`, so that no `except Exception` on the way stops it."
 
 def _raise_end_signal(number, frame): raise _EndSignal(number)
 
 # %% ../../nbs/01e_imp.ipynb #68e42aa3
-class _Run(_Rewinding):
+class _ImpRun(_Rewinding):
     "A run that holds its folder while it is at work, and tells how to go on when it is ended from outside."
     def advice(self):
+        "How far the run is, and how to go on, in a sentence."
         done = f'{self.done} of {len(self.plan)} rounds are done'
         return f"{done} and lie in '{self.folder}': the same call goes on from there."
 
@@ -145,30 +149,30 @@ class _Run(_Rewinding):
         if not self.folder:
             yield
             return
-        # a program's own handler stays
+        # a handler that the program has set stays
         is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         caught = [signal.SIGTERM] if is_default else []
         self._recall_digest()
-        own_folder = None if _GROUP.rank else self.folder
+        own_folder = self.folder if _GROUP.main else None # the first process holds it for all
         with contextlib.ExitStack() as stack:
             _GROUP.together(lambda: stack.enter_context(lock_folder(own_folder)))
             stack.enter_context(signal_handlers(_raise_end_signal, *caught))
             try: yield
             except BaseException as error:
                 place = os.path.realpath(self.folder)
-                _LEFT[self.model] = place,self.digest,self.digest_now()
+                _BROKEN_OFF[self.model] = place,self.digest,self.digest_now()
                 with_advice = self._with_advice(error)
                 if with_advice is error: raise
                 raise with_advice from error
-        _LEFT.pop(self.model, None)
+        _BROKEN_OFF.pop(self.model, None)
 
     def _recall_digest(self):
-        """If the model was left in the midst of the run in this folder, and has not changed since, the run began with
-        the weights of then."""
+        """Was the run in this folder broken off with this very model, which has not changed since? Then the model holds
+        half-trained weights, and the digest that files are compared with is that of the weights it began with."""
         nothing = (None, None, None)
-        folder,start,left = _LEFT.get(self.model, nothing)
+        folder,at_start,when_broken_off = _BROKEN_OFF.get(self.model, nothing)
         same_folder = self.folder and folder == os.path.realpath(self.folder)
-        if same_folder and left == self.digest: self.digest = start
+        if same_folder and when_broken_off == self.digest: self.digest = at_start
 
     def _with_advice(self, error):
         """An error that tells how to go on, for a signal and for the loss of another process; any other error as it
@@ -177,8 +181,8 @@ class _Run(_Rewinding):
             number = error.args[0]
             name = signal.Signals(number).name
             return Interrupted(f"The run was asked to end ({name}). {self.advice()}", 128+number)
-        is_by_hand = isinstance(error, KeyboardInterrupt)
-        if is_by_hand and not _GROUP.rank: print(self.advice(), file=sys.stderr)
+        is_ctrl_c = isinstance(error, KeyboardInterrupt)
+        if is_ctrl_c and _GROUP.main: print(self.advice(), file=sys.stderr)
         if _GROUP.n <= 1 or not isinstance(error, RuntimeError): return error
         said = str(error)
         if not _LOST.search(said): return error
@@ -230,10 +234,11 @@ def _check_schedule(schedule):
 
 # %% ../../nbs/01e_imp.ipynb #5e7ab10c
 def _settings_of(train, given, **ours):
-    """What belongs to a run: `ours`, the settings of `imp`; those of the training; and more that was given. Of the
-    last two, names that are among ours get `train.` before them."""
-    own = getattr(train, 'settings', None)
-    others = dict(own) if isinstance(own, dict) else {}
+    """What must be equal for a run to go on: `ours`, the settings of `imp`; those of the training, if it has
+    `settings`; and more that the user has given. Of the last two, names that are among ours get `train.` before
+    them."""
+    of_training = getattr(train, 'settings', None)
+    others = dict(of_training) if isinstance(of_training, dict) else {}
     others |= given or {}
     renamed = {f'train.{name}' if name in ours else name: value for name,value in others.items()}
     return {**ours, **renamed}
@@ -257,7 +262,7 @@ def _plan_of(density, p, schedule, exact, model, **kwargs):
     if schedule is not None:
         raise OpenTransError("Densities of layers say where a run ends, and so does a schedule: give one of the two.")
     whole,shares = _whole_density(shares, model, **kwargs)
-    plan = geometric_schedule(whole, p, exact=True)
+    plan = geometric_schedule(whole, p, exact=True) # shares of layers are met, whatever `exact` says
     return plan,shares
 
 def _common_prices(price, shares, folder, model, **kwargs):
@@ -270,27 +275,29 @@ def _common_prices(price, shares, folder, model, **kwargs):
 
 # %% ../../nbs/01e_imp.ipynb #f7836fc1
 def _counts_on_the_way(shares, now, end, mask, keep):
-    """Layer -> how many weights it keeps after the round that leaves the density `now`, on the way to `shares` at the
-    density `end`: each layer has then lost the same part of what it is to lose. All together keep `keep`."""
+    """Layer -> how many weights it keeps after the round that leaves the density `now` of the whole, on the way to
+    `shares` of the layers at the density `end`. If the whole has then lost one third of what it will lose at last, so
+    has each layer. All together keep `keep`."""
     sizes = {}
     alive = {}
     for name,stays in mask.items():
         sizes[name] = stays.numel()
         alive[name] = int(stays.sum())
-    part = (1-now)/(1-end)
-    shares_now = {name: 1-(1-share)*part for name,share in shares.items()}
+    lost_part = (1-now)/(1-end) # `end` is below 1: otherwise there is no round
+    shares_now = {name: 1-(1-share)*lost_part for name,share in shares.items()}
     return _counts(sizes, shares_now, keep, alive)
 
-def _chooser(score, model, plan, losses=None, shares=None, prices=None, **kwargs):
+def _chooser(criterion, model, plan, losses=None, shares=None, prices=None, **kwargs):
     """A function of a mask and the number of a round, which gives the masks that the round leaves and the largest
     score that it drops (Algorithm 1, line 4). `shares`: the densities of the layers at the end, or None."""
-    regrows = getattr(score, 'regrows', False) # may weights that are out come back?
+    regrows = getattr(criterion, 'regrows', False) # may weights that are out come back?
     scope = 'global' if shares is None else 'layer'
     rounds = len(plan)
     def choose(mask, r):
         density = plan[r]
+        # what a criterion may ask for by name; `left` are the rounds that are still to come
         wanted = dict(density=density, scope=scope, left=rounds-1-r, rounds=rounds)
-        scores = _scores(score, mask, model, losses, wanted, **kwargs)
+        scores = _scores(criterion, mask, model, losses, wanted, **kwargs)
         if prices: scores = _worth(scores, prices)
         keep = max(1, round(density*mask.total))
         alive = None if regrows else mask.masks
@@ -303,17 +310,17 @@ def _chooser(score, model, plan, losses=None, shares=None, prices=None, **kwargs
 def _one_round(run, model, mask, r, train, choose, seed, checkpoint_every):
     """Lines 3 and 4 of Algorithm 1: train under the mask, then drop the lowest scores of the remaining weights. Gives
     the next mask, and a row of the history."""
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     within = Within(run, r, checkpoint_every) if run.folder and _takes_within(train) else None
     with seeded(seed): # a criterion may draw numbers, too
         with mask.apply(model): report = _train_round(train, model, r, within)
         _GROUP.together(lambda: _check_round(run.model, run.infinite, r, report))
         masks,threshold = _GROUP.together(lambda: choose(mask, r))
-    mask = _from_first(SparseMask(masks))
-    run.rewind()
-    mask.apply(model).remove() # the zeros stay
+    mask = _share_mask(SparseMask(masks))
+    run.rewind() # if that is asked for
+    mask.apply(model).remove() # zeroes what was dropped; the zeros stay
     _share_state(run.model)
-    row = _row(r, mask, threshold, report, began)
+    row = _row(r, mask, threshold, report, start_time)
     return mask,_GROUP.tell(row)
 
 # %% ../../nbs/01e_imp.ipynb #1a974a60
@@ -324,7 +331,7 @@ def _origin_of(run, model, **kwargs):
     "For the info of a mask: on which backbone and weights a run began, and where it ran."
     tower = find_tower(model)
     origin = dict(method='imp', backbone=type(tower).__name__, weights=run.digest, torch=torch.__version__)
-    return {**origin, **run.here(), **_dense_info(model, **kwargs)}
+    return {**origin, **run.machine(), **_dense_info(model, **kwargs)}
 
 # %% ../../nbs/01e_imp.ipynb #c04bacb1
 @delegates(prunable)
@@ -363,7 +370,7 @@ def imp(
     """Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises
     `OpenTransError` if the folder's run has other settings, and if a round leaves numbers that are not finite."""
     plan,shares = _plan_of(density, p, schedule, exact, model, **kwargs)
-    criterion,score = _find_criterion(criterion)
+    name_of_criterion,criterion = _find_criterion(criterion)
     check_number('seed', seed, 0, whole=True)
     checkpoint_every = none_if_off(checkpoint_every, 0)
     if checkpoint_every is not None: check_number('checkpoint_every', checkpoint_every, 1, whole=True)
@@ -373,14 +380,14 @@ def imp(
     end = plan[-1] if plan else 1.
     settings = _settings_of(
         train, settings, density=end, p=p, rounds=len(plan), exact=exact, seed=seed,
-        schedule=schedule, criterion=criterion, rewind=_name_of_rewind(rewind), layers=mask.names)
+        schedule=schedule, criterion=name_of_criterion, rewind=_name_of_rewind(rewind), layers=mask.names)
     if losses is not None: settings['losses'] = _name_of(losses)
     if shares: settings['densities'] = shares
     prices = _common_prices(price, shares, checkpoint_dir, model, **kwargs)
     if prices: settings['price'] = prices
-    def digest(): return weights_digest(prunable(model, **kwargs))
-    choose = _chooser(score, model, plan, losses, shares, prices, **kwargs)
-    run = _Run(checkpoint_dir, settings, plan, rewind, bare, digest)
+    def digest_now(): return weights_digest(prunable(model, **kwargs))
+    choose = _chooser(criterion, model, plan, losses, shares, prices, **kwargs)
+    run = _ImpRun(checkpoint_dir, settings, plan, rewind, bare, digest_now)
     with run.held():
         mask,history = run.begin(mask, train, seed)
         for r in progress(range(len(history), len(plan)), 'imp'):

@@ -37,6 +37,7 @@ from .recipe import _Finite, _layer_values, _MOST, _OFF, build_optimizer, Recipe
 # %% ../../nbs/training/41_finetune.ipynb #57d0de8c
 @functools.lru_cache(maxsize=4)
 def _permutation(n, seed, epoch):
+    "The order of `n` samples in an epoch. It is kept, as every iteration of the epoch asks for it."
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(n)
 
@@ -48,7 +49,12 @@ def batch_indices(
 )->list: # Indices of the samples
     "The samples of an iteration: epochs in random order, laid end to end."
     start = iteration*batch_size
-    return [int(_permutation(n, seed, p//n)[p % n]) for p in range(start, start+batch_size)]
+    indices = []
+    for place in range(start, start+batch_size): # in all epochs, laid end to end
+        epoch,place_in_epoch = divmod(place, n)
+        order = _permutation(n, seed, epoch)
+        indices.append(int(order[place_in_epoch]))
+    return indices
 
 # %% ../../nbs/training/41_finetune.ipynb #69ea0361
 class _Views(torch.utils.data.Dataset):
@@ -68,13 +74,14 @@ class _Views(torch.utils.data.Dataset):
 
     def _sample(self, index, iteration, slot):
         r = self.recipe
-        augmented = r.crop is not None or r.scale is not None or r.flip
-        if not augmented: return self.data[index]
+        is_augmented = r.crop is not None or r.scale is not None or r.flip
+        if not is_augmented: return self.data[index]
         seed = [r.seed, iteration, slot]
         return read_augmented(self.data, index, r.crop, seed, r.scale, r.flip, self.regions, self.packed)
 
 class _Order:
-    "The items of each iteration's batch, made when they are asked for."
+    """A sampler of batches: the items of each iteration's batch, made when they are asked for. Accelerate, which
+    divides batches among processes, reads `batch_size` and `drop_last`."""
     drop_last = True # no batch at the end is smaller
     def __init__(self, items_of, start, stop, batch_size):
         self.items_of = items_of
@@ -113,11 +120,13 @@ def freeze_by_recipe(
     recipe:Recipe, # `backbone_lr` and `norm`
 )->Handle: # Handle that puts `requires_grad` back
     "Freeze what the recipe freezes: all of the backbone (`backbone_lr=0`), or its norms (`norm='frozen'`)."
-    still = list(framework.backbone.parameters()) if recipe.backbone_lr == 0 else []
-    if recipe.norm == 'frozen': still += norm_params(framework.backbone)
-    before = [(p, p.requires_grad) for p in still]
-    for p in still: p.requires_grad_(False)
-    return Handle(lambda: [p.requires_grad_(b) for p,b in before])
+    frozen = list(framework.backbone.parameters()) if recipe.backbone_lr == 0 else []
+    if recipe.norm == 'frozen': frozen += norm_params(framework.backbone)
+    before = [(param, param.requires_grad) for param in frozen]
+    for param in frozen: param.requires_grad_(False)
+    def put_back():
+        for param,learned in before: param.requires_grad_(learned)
+    return Handle(put_back)
 
 def train_mode(framework:Framework, recipe:Recipe):
     "Training mode; the batch norms of the backbone stay in evaluation mode unless `norm='train'`."
@@ -128,6 +137,7 @@ def train_mode(framework:Framework, recipe:Recipe):
 
 # %% ../../nbs/training/41_finetune.ipynb #3bbdba21
 def _digest(x):
+    "A short checksum of plain values."
     text = json.dumps(x, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -139,7 +149,7 @@ def _digest_of_zeros(framework):
         h.update(np.packbits(is_zero))
     return h.hexdigest()[:12]
 
-def _in_words(selection):
+def _selection_in_words(selection):
     "A layer selection in words: its rule, and a digest of its layers."
     if selection is None: return ''
     digest = _digest([sorted(selection.train), sorted(selection.freeze)])
@@ -150,7 +160,7 @@ def _recipe_settings(recipe):
     settings = {}
     for name,value in recipe.to_dict().items():
         if name == 'workers': continue
-        if value is None: value = _OFF.get(name)
+        if value is None: value = _OFF.get(name) # as files of older runs say it
         settings[f'recipe.{name}'] = list(value) if isinstance(value, tuple) else value
     return settings
 
@@ -176,7 +186,7 @@ def run_settings(
     settings['framework'] = type(framework).__name__
     settings['parameters'] = _digest(shapes)
     settings['data'] = f"{data_name}, {len(data)} samples, {len(classes)} classes {_digest(classes)}"
-    settings['selection'] = _in_words(selection)
+    settings['selection'] = _selection_in_words(selection)
     settings['weights_at_zero'] = _weights_at_zero(framework)
     for values in _layer_values(per_layer):
         digest = _digest([sorted(values.items()), values.base])
@@ -192,6 +202,15 @@ def _state_keys(opt):
     if isinstance(opt, torch.optim.AdamW): return ['exp_avg', 'exp_avg_sq', 'step']
     has_momentum = any(group['momentum'] for group in opt.param_groups)
     return ['momentum_buffer'] if has_momentum else []
+
+@torch.no_grad()
+def _copy_into(model, tensors):
+    "Copy tensors that were checked into a model."
+    for name,own in model.state_dict().items(): own.copy_(tensors[name])
+
+def _model_tensors(framework):
+    "The weights of a framework, as files of runs name them."
+    return {f'model.{name}': tensor for name,tensor in framework.state_dict().items()}
 
 def _history_bits(rows, columns):
     """The rows of a history as float64, whose bits are given as int64: a file's numbers must be finite, and NaN
@@ -218,7 +237,7 @@ class _CheckpointFile:
     def _damaged(self, why): return CHECKPOINT_FILE.damaged(self.path, why)
 
     def _read(self):
-        "The file's tensors and texts, or None if there is none."
+        "The file's tensors and texts; None if there is no file."
         if not self.file.exists(): return None
         meta = load_metadata(self.path)
         if 'format' not in meta and 'columns' in meta:
@@ -228,8 +247,9 @@ class _CheckpointFile:
         return self.file.load(self._lengthened)
 
     def _lengthened(self, was, meta):
-        """The settings that the file names. If the run has ended and more iterations are asked for, the longer course
-        stands in place of its own."""
+        """The settings `was` of the file, as they are compared with those of this run. If the run in the file has
+        ended, and this one may lengthen it and asks for more iterations, the longer course takes the place of the
+        file's."""
         now = self.file.settings
         before = was.get('recipe.iterations')
         wanted = now.get('recipe.iterations')
@@ -242,8 +262,8 @@ class _CheckpointFile:
         return longer
 
 # %% ../../nbs/training/41_finetune.ipynb #ef204979
-def _could_be(told, own):
-    "Could a gradient scaler have this number in place of its own?"
+def _could_be_of_scaler(told, own):
+    "Could a gradient scaler have the number `told` in place of its own?"
     if type(told) is not type(own): return False
     limit = 2**31 if isinstance(told, int) else 1e38
     return 0 <= told < limit and bool(told or not own)
@@ -251,8 +271,8 @@ def _could_be(told, own):
 # %% ../../nbs/training/41_finetune.ipynb #ef204980
 class _CheckpointParts(_CheckpointFile):
     "What the file of a run holds, part by part: read, or refused as damaged."
-    def _rows(self, tensors, meta, iteration):
-        "The rows of the history: one for each iteration, with its number and a loss."
+    def _read_rows(self, tensors, meta, iteration):
+        "The rows of the history, as `_history_bits` had them: one for each iteration, with its number and a loss."
         most = self.file.settings.get('recipe.iterations', _MOST)
         if not 0 <= iteration <= most: raise self._damaged(f'it is at iteration {iteration:,} of {most:,}')
         columns = metadata_value(meta, 'columns', list[str], self.path)
@@ -270,7 +290,7 @@ class _CheckpointParts(_CheckpointFile):
             rows.append(row)
         return rows
 
-    def _check_state(self, state, meta, opt, names, iteration):
+    def _check_optimizer(self, state, meta, opt, names, iteration):
         """Raises `OpenTransError` unless the optimizer's state holds all that it keeps for each weight that has
         learned: finite, and of the weight's shape."""
         learned = metadata_value(meta, 'optimizer', list[str], self.path)
@@ -285,16 +305,17 @@ class _CheckpointParts(_CheckpointFile):
         check_like(state, like, self.path, "optimizer's state")
         for name,tensor in state.items():
             is_step = name.endswith('.step')
-            has_no_sign = is_step or name.endswith('.exp_avg_sq')
-            is_negative = has_no_sign and tensor.numel() and float(tensor.min()) < 0
-            if is_negative or is_step and float(tensor) > iteration:
+            is_never_negative = is_step or name.endswith('.exp_avg_sq')
+            is_negative = is_never_negative and tensor.numel() and float(tensor.min()) < 0
+            is_later = is_step and float(tensor) > iteration
+            if is_negative or is_later:
                 raise self._damaged("its optimizer's state cannot be of so many steps")
 
     def _scaler_state(self, meta, scaler):
         "The state of the gradient scaler: as many positive numbers as this one has."
         told = metadata_value(meta, 'scaler', dict[str, _Finite], self.path)
         own = scaler.state_dict() if scaler else {}
-        if {*told} != {*own} or not all(_could_be(told[name], own[name]) for name in own):
+        if {*told} != {*own} or not all(_could_be_of_scaler(told[name], own[name]) for name in own):
             found = shorten(told, 80) or 'nothing'
             wanted = ', '.join(own) or 'nothing'
             raise self._damaged(f"its gradient scaler has {found} in place of {wanted}")
@@ -323,30 +344,21 @@ class Checkpoint(_CheckpointParts):
         if found is None: return 0,[]
         tensors, meta = found
         iteration = metadata_value(meta, 'iteration', int, self.path)
-        rows = self._rows(tensors, meta, iteration)
+        rows = self._read_rows(tensors, meta, iteration)
         model = strip_prefix('model.', tensors)
         state = strip_prefix('optimizer.', tensors)
         check_like(model, framework.state_dict(), self.path, 'weights')
         names = {param: name for name,param in framework.named_parameters()}
-        self._check_state(state, meta, opt, names, iteration)
+        self._check_optimizer(state, meta, opt, names, iteration)
         scaler_state = self._scaler_state(meta, scaler)
         known = len(model)+len(state)+1
         if known != len(tensors): raise self._damaged('it holds tensors that no run writes')
-        _put(framework, model) # from here on nothing can fail
+        _copy_into(framework, model) # from here on nothing can fail
         restore_optimizer(opt, tensors, names, self.path)
         if scaler: scaler.load_state_dict(scaler_state)
         return iteration,rows
 
 # %% ../../nbs/training/41_finetune.ipynb #b910593f
-@torch.no_grad()
-def _put(model, tensors):
-    "Copy tensors that were checked into a model."
-    for name,own in model.state_dict().items(): own.copy_(tensors[name])
-
-def _model_tensors(framework):
-    "The weights of a framework, as files of runs name them."
-    return {f'model.{name}': tensor for name,tensor in framework.state_dict().items()}
-
 def _read_weights(source):
     "The tensors of a checkpoint of `finetune`, of a file that it wrote, or of any file with a state dict."
     if isinstance(source, dict): return source
@@ -370,11 +382,12 @@ def load_framework(
         raise OpenTransError(f"The weights in '{path}' are not all tensors.")
     weights = strip_prefix('model.', tensors) or tensors # a checkpoint holds more than weights
     check_like(weights, framework.state_dict(), path, f'weights of a {type(framework).__name__}')
-    _put(framework, weights)
+    _copy_into(framework, weights)
     return framework
 
 # %% ../../nbs/training/41_finetune.ipynb #37491ed3
-_LOST = re.compile('gloo|nccl|connection|peer|process group', re.I) # what collectives say when a partner is gone
+# words in the errors of torch's collectives when another process is gone
+_LOST = re.compile('gloo|nccl|connection|peer|process group', re.I)
 
 # %% ../../nbs/training/41_finetune.ipynb #2cd0d83d
 def _names_in(vocabulary): return list(getattr(vocabulary, 'names', vocabulary) or [])
@@ -433,8 +446,9 @@ class _History:
 # %% ../../nbs/training/41_finetune.ipynb #4325117b
 @contextlib.contextmanager
 def _stop_requests(keep):
-    """Yields a list that gets the signals which ask this process to end. Where there is nothing to `keep`, Ctrl-C
-    ends the process at once and is not among them; else a Ctrl-C that is not the first request does."""
+    """Yields a list to which each signal is added that asks this process to end. If there is something to `keep`, such
+    as a folder of checkpoints, a first Ctrl-C is added, too, and one that follows another request ends the process at
+    once. If there is nothing, any Ctrl-C does so."""
     asked = []
     def note(number, frame):
         if number == signal.SIGINT and asked: raise KeyboardInterrupt
@@ -447,7 +461,7 @@ def _stop_requests(keep):
     if keep: watched.append(signal.SIGINT)
     with signal_handlers(note, *watched): yield asked
 
-def _place_of(framework, device, team):
+def _run_device(framework, device, team):
     "The device of a run: that of this process, the one that was asked for, or where the framework is."
     if team.device: return team.device
     return device_of(framework) if device is None else pick_device(str(device))
@@ -459,8 +473,8 @@ def _check_intervals(**intervals):
         if number is not None: check_number(name, number, 1, _MOST, whole=True)
 
 def _end_as_asked(run, request):
-    "Raises what tells that a run ended because a signal asked it to."
-    why = f"The run was asked to end ({request.name}) and stopped after iteration {run.iteration-1}. {run.kept()}"
+    "Raises `KeyboardInterrupt` or `Interrupted` for a run that has ended because a signal asked it to."
+    why = f"The run was asked to end ({request.name}) and stopped after iteration {run.iteration-1}. {run.advice()}"
     if request == signal.SIGINT: raise KeyboardInterrupt(why)
     raise Interrupted(why, 128+request)
 
@@ -506,8 +520,7 @@ def finetune(
     _check_data(framework, data)
     if tensorboard and not checkpoint_dir:
         raise OpenTransError("tensorboard=True writes into the folder of the run: give checkpoint_dir, too.")
-    place = _place_of(framework, device, team)
-    framework.to(place)
+    framework.to(_run_device(framework, device, team))
     with contextlib.ExitStack() as stack:
         if checkpoint_dir: stack.enter_context(team.lock(checkpoint_dir))
         stack.enter_context(seeded(recipe.seed))
@@ -521,20 +534,20 @@ def finetune(
             board = Path(checkpoint_dir)/'tensorboard' if tensorboard else None
             run.logger = RunLogger(recipe.iterations, run.iteration, print_every, board)
         regions = getattr(framework, 'uses_regions', True) # a loss that reads labels alone needs none
-        loaded = batches(data, recipe, run.iteration, team, regions, run.device)
+        to_come = batches(data, recipe, run.iteration, team, regions, run.device)
         left = recipe.iterations-run.iteration
-        if team.main: loaded = progress(loaded, 'fine-tuning', left, lines=not print_every)
-        for batch in loaded:
+        if team.main: to_come = progress(to_come, 'fine-tuning', left, lines=not print_every)
+        for batch in to_come:
             row = run.step(batch)
             done = run.iteration == recipe.iterations
             due = eval_every is not None and (done or run.iteration % eval_every == 0)
-            if val is not None and due: run.evaluate(val)
+            if val is not None and due: run.evaluate(val) # adds `miou` to the row
             if run.logger: run.logger(row)
             stop = bool(asked) # a signal that comes later is for the next iteration
             if done or stop or run.iteration % checkpoint_every == 0: run.save()
             if callback is not None: callback(framework, row)
             if stop: break
-        run.save()
+        run.save() # if no iteration was left to do; otherwise all is written already
         framework.eval()
         if asked: _end_as_asked(run, asked[0])
     return run.history.frame()
@@ -556,35 +569,36 @@ class _RunState:
         is_shared = self.team.n > 1
         settings = run_settings(framework, data, recipe, selection, per_layer) if folder or is_shared else {}
         self.checkpoint = Checkpoint(folder, settings, lengthen) if folder else None
-        self.iteration,rows = self.team.together(self._loaded) if folder else (0, [])
+        self.iteration,rows = self.team.together(self._resume) if folder else (0, [])
         if is_shared:
             self.team.same(_digest(settings), 'settings')
             self.team.same(_digest_of_zeros(framework), 'pruned weights')
             self.team.same(self.iteration, 'checkpoints (iterations)')
         self.history = _History(rows, folder if self.team.main else None)
-        self.saved = self.iteration # of the last checkpoint
+        self.saved = self.iteration # at which the last checkpoint was written
         scores = [row['miou'] for row in rows if 'miou' in row]
-        self.best = max(scores, default=-1.)
+        self.best = max(scores, default=-1.) # mIoU; any that is measured is better than -1
         train_mode(framework, recipe)
-        self.losses,self.unwrap = self.team.wrap(framework, recipe.norm == 'train')
+        # what gives the losses of a batch: the framework itself, or with several processes a wrapper of it
+        self.losses,self.wrapping = self.team.wrap(framework, recipe.norm == 'train')
 
-    def _loaded(self):
-        "Iteration and history of the checkpoint, whose state is put in place."
+    def _resume(self):
+        "Put the state of the checkpoint in place. Gives its iteration and history: (0, []) if there is none."
         return self.checkpoint.load(self.framework, self.opt, self.scaler)
 
     def __enter__(self): return self
     def __exit__(self, kind, error, *_):
         if self.logger: self.logger.close()
         self.losses = None
-        self.unwrap.remove()
+        self.wrapping.remove()
         lost = self.team.n > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error))
         if lost:
             why = str(error).splitlines()[0][:120]
             raise Interrupted(
-                f"{self.team} lost another one at iteration {self.iteration} ({why}). {self.kept()}") from error
+                f"{self.team} lost another one at iteration {self.iteration} ({why}). {self.advice()}") from error
 
-    def kept(self):
-        "Which checkpoint there is to go on from, in a sentence."
+    def advice(self):
+        "Which checkpoint there is, and how to go on from it, in a sentence."
         if not (self.folder and self.saved): return "There is no checkpoint."
         return (f"The last checkpoint, of iteration {self.saved}, in '{self.folder}' is whole: the same call goes on "
                 f"from there.")
@@ -599,14 +613,15 @@ class _Run(_RunState):
         seed = (r.seed*1_000_003 + i + self.team.rank*2_654_435_761) % 2**32
         seed_everything(seed)
         share = r.lr_at(i)
-        for g in self.opt.param_groups: g['lr'] = g['base']*share
+        # `build_optimizer` gave each group its own rate as `base`
+        for group in self.opt.param_groups: group['lr'] = group['base']*share
         terms = train_step(self.losses, to_device(batch, self.device), self.opt, r, self.scaler, self.team.mean)
         loss = sum(v for k,v in terms.items() if k != 'grad_norm')
         if not math.isfinite(loss):
             listed = ', '.join(f'{k}={v:.4g}' for k,v in terms.items())
             images = batch.get('ids', [])[:4]
             raise OpenTransError(
-                f"The loss is not finite at iteration {i} ({listed}; images {images}). {self.kept()} "
+                f"The loss is not finite at iteration {i} ({listed}; images {images}). {self.advice()} "
                 "Lower lr, set clip_grad or lr_warmup, or look at these images.")
         row = dict(iteration=i, loss=loss, **terms, lr=r.lr*share)
         self.history.rows.append(row)
@@ -619,9 +634,9 @@ class _Run(_RunState):
         self.history.rows[-1]['miou'] = miou
         if miou > self.best:
             self.best = miou
-            if self.folder: self.team.together(self._keep_best)
+            if self.folder: self.team.together(self._write_best)
 
-    def _keep_best(self):
+    def _write_best(self):
         if not self.team.main: return
         path = Path(self.folder)/'best.safetensors'
         told = dict(iteration=self.iteration, miou=self.best)
@@ -632,10 +647,10 @@ class _Run(_RunState):
         if self.checkpoint is None: return
         is_written = self.saved == self.iteration and self.checkpoint.path.exists()
         if is_written: return
-        self.team.together(self._write)
+        self.team.together(self._write_checkpoint)
         self.saved = self.iteration
 
-    def _write(self):
+    def _write_checkpoint(self):
         if not self.team.main: return
         self.checkpoint.save(self.framework, self.opt, self.iteration, self.history.rows, self.history.columns,
                              self.scaler)
