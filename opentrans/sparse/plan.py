@@ -43,34 +43,9 @@ class _Memory:
         return base
     def give(self, value): self._same_shape(value).append(value.base)
 
-# %% ../../nbs/07e_plan.ipynb #ef151fb5
-class Plan:
-    "A region for images of one size: memory, and a program for each thread."
-    def __init__(self,
-        region:Region, # What is computed
-        sizes:list, # (channels, height, width) of each input
-        threads:int=1, # Threads that share the work
-        machine:Machine=None, # None: the host
-        dense:bool|str='measured', # True, False: only dense or only sparse kernels, for comparisons
-        groups:int=None, # Groups of input channels of every sparse kernel; None: as the first cache asks for
-    ):
-        self.region = region
-        self.threads = threads
-        self.machine = machine or Machine.host()
-        self.values = {}
-        self.classes = _Classes()
-        self.chosen = {}
-        self.steps = []
-        self.dense = dense
-        self.groups = groups
-        self.keep = []
-        self.masks = {}
-        self._sizes(sizes)
-        self._layouts()
-        self._places()
-        self._program()
-
-    # shapes
+# %% ../../nbs/07e_plan.ipynb #2b8e170c
+class _PlannedValues:
+    "What every step of a region reads and writes: sizes, kernels, and how the rows of a value lie."
     def _sizes(self, sizes):
         "Shapes of all values; convolutions with a stride get planes, and steps without weights get theirs."
         for name, size in zip(self.region.inputs, sizes): self._make(name, *size)
@@ -133,7 +108,6 @@ class Plan:
             shared[key] = name
         return shared[key]
 
-    # layouts
     def _layouts(self):
         "Rows of each class are as long as its widest reach asks for."
         layouts = {}
@@ -184,7 +158,9 @@ class Plan:
         taller = max(0, y.height - x.height)
         return layout, taller + down, right
 
-    # memory
+# %% ../../nbs/07e_plan.ipynb #00efa84b
+class _PlannedMemory(_PlannedValues):
+    "Where every value lies: places are used again once their last reader has run."
     def _last_readers(self):
         "Value -> number of the step after which nobody reads it."
         last = {}
@@ -252,48 +228,9 @@ class Plan:
         value = self.values[name]
         return self.memory.data_ptr() + 4*value.first
 
-    # program
-    def _program(self):
-        "A table of records for each thread."
-        self.records = [[] for _ in range(self.threads)]
-        self.rows = []
-        self.spans = [] # of each step: its name, and which records of the first thread are its own
-        for step in self.steps:
-            if isinstance(step, Planes) and step in self.planed: continue
-            begin = len(self.records[0])
-            if isinstance(step, Conv): self._add_conv(step)
-            elif isinstance(step, Pool): self._add_pool(step)
-            else: self._add_planes(step)
-            end = len(self.records[0])
-            name = getattr(step, 'name', step.y)
-            self.spans.append((name, begin, end))
-            self._add_wait()
-        functions = self._functions()
-        self.tables = [self._table_of(records, functions) for records in self.records]
-        takes_table = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-        self._call = takes_table(functions['run'])
-
-    def _functions(self):
-        "Addresses of the kernels that the records name, by kind."
-        width, fma = self.machine.width, self.machine.fma
-        kinds = {'run'}
-        for records in self.records: kinds.update(kind for kind, _ in records)
-        names = {kind: kernel_name(kind, width) for kind in kinds}
-        texts = {names[kind]: kernel_text(kind, width, fma) for kind in kinds}
-        found = native_functions(texts, self.machine)
-        return {kind: found[name] for kind, name in names.items()}
-
-    def _table_of(self, records, functions):
-        "The records of a thread as one array of numbers: how many there are, then each."
-        count = len(records)
-        table = np.zeros((1 + count, RECORD), np.int64)
-        table[0, -1] = count
-        for line, (kind, values) in zip(table[1:], records):
-            line[FIELD['function']] = functions[kind]
-            for name, number in values.items(): line[FIELD[name]] = number
-        numbers = table.reshape(-1)
-        return np.ascontiguousarray(numbers[RECORD - 1:])
-
+# %% ../../nbs/07e_plan.ipynb #c8863279
+class _PlannedRecords(_PlannedMemory):
+    "The records of the table: what each thread does of each step."
     def _array(self, array):
         "The address of an array that lives as long as the plan."
         self.keep.append(array)
@@ -334,6 +271,40 @@ class Plan:
         begins = [block*min(i*most, blocks) for i in range(n + 1)]
         return [(begin, end, 0, rows) for begin, end in zip(begins, begins[1:])]
 
+    def _common_fields(self, step, source):
+        "What the records of all kernels of a convolution say."
+        y = self.values[step.y]
+        fields = dict(y_stride=y.stride, groups=1)
+        fields['x'] = self._address(source)
+        fields['y'] = self._address(step.y)
+        fields['bias'] = self._array(step.bias)
+        fields['low'] = _bits(step.low)
+        fields['high'] = _bits(step.high)
+        if step.residual is not None:
+            fields['residual'] = self._address(step.residual)
+            fields['residual_stride'] = self.values[step.residual].stride
+        if y.clean: fields['mask'] = self._mask(y.layout.row, y.width, y.height)
+        return fields
+
+    def _deal(self, kind, common, arrays, pixels, block, works, **more):
+        "One record for each thread that has something to do."
+        addresses = {name: self._array(array) for name, array in arrays.items()}
+        shared = common | addresses | more
+        shares = self._shares(pixels, block, works)
+        for records, (begin, end, first, last) in zip(self.records, shares):
+            share = dict(begin=begin, end=end, first=first, last=last)
+            if begin < end and first < last: records.append((kind, shared | share))
+
+    def _add_row(self, step, chosen, y):
+        "What a convolution does, for the table."
+        row = dict(name=step.name, weights=step.weight.size, kept=chosen.weights)
+        row['dense_channels'] = chosen.dense.size
+        row['channels'] = len(step.weight)
+        row['height'] = y.height
+        row['width'] = y.width
+        row['multiply_adds'] = chosen.weights*y.height*y.width
+        self.rows.append(row)
+
     def _add_conv(self, step):
         taps, planes, source = self.chosen[step.y]
         x = self.values[source]
@@ -359,40 +330,6 @@ class Plan:
             block = chosen.dense_vectors*width
             self._deal(f'dense-{BUNDLE}x{chosen.dense_vectors}', common, arrays, pixels, block, works)
         self._add_row(step, chosen, y)
-
-    def _common_fields(self, step, source):
-        "What the records of all kernels of a convolution say."
-        y = self.values[step.y]
-        fields = dict(y_stride=y.stride, groups=1)
-        fields['x'] = self._address(source)
-        fields['y'] = self._address(step.y)
-        fields['bias'] = self._array(step.bias)
-        fields['low'] = _bits(step.low)
-        fields['high'] = _bits(step.high)
-        if step.residual is not None:
-            fields['residual'] = self._address(step.residual)
-            fields['residual_stride'] = self.values[step.residual].stride
-        if y.clean: fields['mask'] = self._mask(y.layout.row, y.width, y.height)
-        return fields
-
-    def _add_row(self, step, chosen, y):
-        "What a convolution does, for the table."
-        row = dict(name=step.name, weights=step.weight.size, kept=chosen.weights)
-        row['dense_channels'] = chosen.dense.size
-        row['channels'] = len(step.weight)
-        row['height'] = y.height
-        row['width'] = y.width
-        row['multiply_adds'] = chosen.weights*y.height*y.width
-        self.rows.append(row)
-
-    def _deal(self, kind, common, arrays, pixels, block, works, **more):
-        "One record for each thread that has something to do."
-        addresses = {name: self._array(array) for name, array in arrays.items()}
-        shared = common | addresses | more
-        shares = self._shares(pixels, block, works)
-        for records, (begin, end, first, last) in zip(self.records, shares):
-            share = dict(begin=begin, end=end, first=first, last=last)
-            if begin < end and first < last: records.append((kind, shared | share))
 
     def _add_channels(self, kind, x, y, channels, **fields):
         "Channels are dealt out to the threads."
@@ -436,7 +373,77 @@ class Plan:
             fields = dict(table=address, count=self.threads, spare_a=yield_function())
             records.append(('wait', fields))
 
-    # running
+# %% ../../nbs/07e_plan.ipynb #52642c42
+class _PlannedProgram(_PlannedRecords):
+    "The program of each thread: a table of records, and the functions that they call."
+    def _program(self):
+        "A table of records for each thread."
+        self.records = [[] for _ in range(self.threads)]
+        self.rows = []
+        self.spans = [] # of each step: its name, and which records of the first thread are its own
+        for step in self.steps:
+            if isinstance(step, Planes) and step in self.planed: continue
+            begin = len(self.records[0])
+            if isinstance(step, Conv): self._add_conv(step)
+            elif isinstance(step, Pool): self._add_pool(step)
+            else: self._add_planes(step)
+            end = len(self.records[0])
+            name = getattr(step, 'name', step.y)
+            self.spans.append((name, begin, end))
+            self._add_wait()
+        functions = self._functions()
+        self.tables = [self._table_of(records, functions) for records in self.records]
+        takes_table = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        self._call = takes_table(functions['run'])
+
+    def _functions(self):
+        "Addresses of the kernels that the records name, by kind."
+        width, fma = self.machine.width, self.machine.fma
+        kinds = {'run'}
+        for records in self.records: kinds.update(kind for kind, _ in records)
+        names = {kind: kernel_name(kind, width) for kind in kinds}
+        texts = {names[kind]: kernel_text(kind, width, fma) for kind in kinds}
+        found = native_functions(texts, self.machine)
+        return {kind: found[name] for kind, name in names.items()}
+
+    def _table_of(self, records, functions):
+        "The records of a thread as one array of numbers: how many there are, then each."
+        count = len(records)
+        table = np.zeros((1 + count, RECORD), np.int64)
+        table[0, -1] = count
+        for line, (kind, values) in zip(table[1:], records):
+            line[FIELD['function']] = functions[kind]
+            for name, number in values.items(): line[FIELD[name]] = number
+        numbers = table.reshape(-1)
+        return np.ascontiguousarray(numbers[RECORD - 1:])
+
+# %% ../../nbs/07e_plan.ipynb #ef151fb5
+class Plan(_PlannedProgram):
+    "A region for images of one size: memory, and a program for each thread."
+    def __init__(self,
+        region:Region, # What is computed
+        sizes:list, # (channels, height, width) of each input
+        threads:int=1, # Threads that share the work
+        machine:Machine=None, # None: the host
+        dense:bool|str='measured', # True, False: only dense or only sparse kernels, for comparisons
+        groups:int=None, # Groups of input channels of every sparse kernel; None: as the first cache asks for
+    ):
+        self.region = region
+        self.threads = threads
+        self.machine = machine or Machine.host()
+        self.values = {}
+        self.classes = _Classes()
+        self.chosen = {}
+        self.steps = []
+        self.dense = dense
+        self.groups = groups
+        self.keep = []
+        self.masks = {}
+        self._sizes(sizes)
+        self._layouts()
+        self._places()
+        self._program()
+
     def _fill(self, images):
         "One image of each input into the memory."
         given = dict(zip(self.region.inputs, images))
