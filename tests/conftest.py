@@ -63,11 +63,14 @@ def clone():
     imports modules under mask2former.modeling, without what they import beside (data sets, Swin). They are gone
     after the test's module."""
     before = set(sys.modules)
+    registries = []
     def open_clone(variable, repository):
         folder = os.environ.get(variable, '')
         if not os.path.isdir(os.path.join(folder, 'mask2former')):
             pytest.skip(f'{variable} does not name a folder with a clone of {repository}')
-        pytest.importorskip('detectron2', reason='detectron2 is not installed')
+        modeling = pytest.importorskip('detectron2.modeling', reason='detectron2 is not installed')
+        heads = modeling.SEM_SEG_HEADS_REGISTRY
+        registries.append((heads, dict(heads._obj_map)))
         for name in ('mask2former', 'mask2former.modeling'):
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__path__ = [os.path.join(folder, *name.split('.'))]
@@ -78,6 +81,9 @@ def clone():
     yield open_clone
     for n in set(sys.modules) - before:
         if n.split('.')[0] in ('mask2former', 'MultiScaleDeformableAttention', 'cv2'): del sys.modules[n]
+    for heads,registered in registries: # the next clone registers its heads by the same names
+        heads._obj_map.clear()
+        heads._obj_map.update(registered)
 
 def free_port():
     with socket.socket() as s:

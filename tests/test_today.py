@@ -32,8 +32,8 @@ class Anything(types.ModuleType):
 @pytest.fixture
 def load():
     """Imports one file of the public code, with stand-ins for what it imports beside torch. They are gone after the
-    test."""
-    before = set(sys.modules)
+    test, and what they stood for is back."""
+    before = dict(sys.modules)
     def module(path, name, *stand_ins, package=None):
         for stand_in in stand_ins: sys.modules.setdefault(stand_in, Anything(stand_in))
         if package:
@@ -45,7 +45,8 @@ def load():
         spec.loader.exec_module(made)
         return made
     yield module
-    for name in set(sys.modules) - before: del sys.modules[name]
+    for name in set(sys.modules) - set(before): del sys.modules[name]
+    sys.modules.update(before) # a stand-in for what is installed
 
 MMSEG = ('mmengine', 'mmengine.structures', 'mmseg', 'mmseg.models', 'mmseg.models.data_preprocessor',
          'mmseg.models.segmentors', 'mmseg.registry')
