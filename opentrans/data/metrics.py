@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from typing_extensions import Self
+from .vocabulary import _is_whole
 from ..errors import OpenTransError, shorten
 
 # %% ../../nbs/data/16_metrics.ipynb #16a5e029
@@ -103,7 +104,7 @@ def _in_range(x, num_classes, what, ignore):
 
 def _check_classes(num_classes, ignore):
     "Raises `OpenTransError` for a number of classes or an ignore label that cannot be."
-    whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in (num_classes, ignore))
+    whole = all(_is_whole(n) for n in (num_classes, ignore))
     if not whole or not 1 <= num_classes <= 20_000:
         raise OpenTransError(
             f"{shorten(num_classes, 40)} classes and ignore={shorten(ignore, 40)}: expected whole numbers, and 1 "

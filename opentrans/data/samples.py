@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
-from .vocabulary import Vocabulary
+from .vocabulary import _is_whole, Vocabulary
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
 from ..runtime import get_axes, write_names
@@ -37,8 +37,6 @@ def _listed_values(v):
     return f'{listed}, ...' if len(values) > 6 else listed
 
 # %% ../../nbs/data/11_samples.ipynb #f26ea6be
-def _is_whole(value): return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
 def _sides(size, what='size', low=1):
     "A number of pixels or a pair of them as (H, W). Raises `OpenTransError` for anything else."
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)

@@ -185,7 +185,7 @@ class _ClassNames:
         return f"Vocabulary({len(self)} classes: {shown}{more}; {len(self.templates)} templates)"
 
 # %% ../../nbs/data/10_vocabulary.ipynb #d80ae4ee
-def _is_index(value): return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _is_whole(value): return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 class _JoinedNames(_ClassNames):
     "Class names, cut and joined."
@@ -201,11 +201,11 @@ class _JoinedNames(_ClassNames):
         "A part of a vocabulary. Raises `OpenTransError` for a class that is not there."
         count = len(self)
         for k in keep:
-            if _is_index(k) and not -count <= k < count:
+            if _is_whole(k) and not -count <= k < count:
                 raise OpenTransError(f"There is no class {k} in a vocabulary of {count}.")
         kept = []
         for k in keep:
-            at = k if _is_index(k) else self.index(k)
+            at = k if _is_whole(k) else self.index(k)
             kept.append(self.entries[at])
         return Vocabulary(kept, self.templates)
 

@@ -148,9 +148,8 @@ def select_cells(
     n:int=None, # Or this many
 )->torch.Tensor: # (B,k) cells, the most important first
     "The cells that all queries together look at most."
-    count = n
     cells = attn_low.shape[-1]
-    if count is None: count = max(1, cells//ratio)
+    count = max(1, cells//ratio) if n is None else n
     if not 1 <= count <= cells: raise OpenTransError(f"{count} of {cells} cells cannot be chosen.")
     looks = attn_low.detach().sum(1)
     order = looks.sort(dim=-1, descending=True, stable=True)[1]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..clip.backbone import class_prompts
 from ..data.vocabulary import Vocabulary
 from ..errors import check_number, OpenTransError
-from .catseg import class_loss, ClassAttention, cost_volume, load_cost_maps, TwoConvs
+from .catseg import _conv_relu, class_loss, ClassAttention, cost_volume, load_cost_maps, TwoConvs
 from .contract import Framework, register_framework, resize, Scores
 from ..runtime import device_of
 
@@ -97,10 +97,7 @@ class FusionDecoder(nn.Module):
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(prompts, hidden, 7, padding=3)
-        def project(channels, width):
-            conv = nn.Conv2d(channels, width, 3, padding=1)
-            return nn.Sequential(conv, nn.ReLU())
-        of_guides = map(project, guides, decoder_guides)
+        of_guides = map(_conv_relu, guides, decoder_guides)
         self.decoder_guidance_projection = nn.ModuleList(of_guides)
         def enlarge(channels, width):
             conv = nn.ConvTranspose2d(channels, width, 2, stride=2)

@@ -6,7 +6,7 @@
 __all__ = ['MOST_ROUNDS', 'geometric_schedule', 'Within', 'imp', 'plot_history', 'cubic_schedule']
 
 # %% ../../nbs/01e_imp.ipynb #6b262525
-import contextlib, math, os, re, signal, sys, time, weakref
+import contextlib, math, os, signal, sys, time, weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -28,6 +28,7 @@ from .ranking import (
 from .round_files import (
     _check_round, _GROUP, _in_first, _put_state, _Rewinding, _row, _share_mask, _share_state, _takes_within,
     _tensors_of, _train_round, ROUND_FILE)
+from ..processes import has_lost_another
 from ..runtime import get_axes, signal_handlers, progress, seeded
 
 if TYPE_CHECKING: # for types alone
@@ -124,7 +125,6 @@ class Within:
 
 # %% ../../nbs/01e_imp.ipynb #e52673bf
 # words in the errors of torch's collectives when another process is gone
-_LOST = re.compile('gloo|nccl|connection|peer|process group', re.I)
 # model whose run was broken off in this process -> (folder, digest of its weights at the start of the run, and of
 # those that it was left with)
 _BROKEN_OFF = weakref.WeakKeyDictionary()
@@ -183,10 +183,8 @@ class _ImpRun(_Rewinding):
             return Interrupted(f"The run was asked to end ({name}). {self.advice()}", 128+number)
         is_ctrl_c = isinstance(error, KeyboardInterrupt)
         if is_ctrl_c and _GROUP.main: print(self.advice(), file=sys.stderr)
-        if _GROUP.n <= 1 or not isinstance(error, RuntimeError): return error
-        said = str(error)
-        if not _LOST.search(said): return error
-        why = shorten(said.splitlines()[0], 120)
+        if not has_lost_another(_GROUP, error): return error
+        why = shorten(str(error).splitlines()[0], 120)
         who = f'Process {_GROUP.rank} of {_GROUP.n}'
         return Interrupted(f"{who} has lost another one ({why}). {self.advice()}")
 

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from ..errors import check_number, OpenTransError, shorten
 from ..files import BAKED_FILE, check_like, load_tensors, metadata_value, unbake
 from ..runtime import eval_mode
-from .engine import _is_backbone, _Maps, _try, compile
+from .engine import _is_backbone, _is_map, _Maps, _try, compile
 from .machine import has_llvm
 from .plan import CannotPlan, _CLOSE, Plan, PlanCache, relative_difference
 from .regions import Conv, norm_as_line, Pool, Region
@@ -391,11 +391,6 @@ class _OnEngine(nn.Module):
             raise OpenTransError(f"Images of shape {shape} do not fit this model: {shorten(error)}.") from error
 
 # %% ../../nbs/07g_stored.ipynb #6f638467
-def _are_images(images):
-    "Is it what the engine takes?"
-    if not isinstance(images, torch.Tensor) or images.ndim != 4: return False
-    return images.dtype == torch.float32 and images.device.type == 'cpu'
-
 class StoredEngine(_OnEngine):
     "A model that is nothing but a region: what `load` gives where no model is needed."
     def __init__(self,
@@ -427,7 +422,7 @@ class StoredEngine(_OnEngine):
     @torch.no_grad()
     def forward(self, images:torch.Tensor):
         "What the model gave that was baked. Raises `OpenTransError` for anything but float32 images on the CPU."
-        if not _are_images(images):
+        if not _is_map(images):
             raise OpenTransError(
                 "The engine takes images as a float32 tensor (B, channels, height, width) on the CPU.")
         x = images if self.mean is None else (images - self.mean)/self.std

@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINT_FILE', 'WEIGHTS_FILE', 'batch_indices', 'batches', 'freez
            'Checkpoint', 'load_framework', 'finetune']
 
 # %% ../../nbs/training/41_finetune.ipynb #d7c2d75a
-import contextlib, functools, hashlib, json, math, os, re, signal
+import contextlib, functools, hashlib, json, math, os, signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..files import (
     check_like, FileKind, load_metadata, load_tensors, metadata_value, optimizer_tensors, read_checkpoint,
     restore_optimizer, RunFile, save_tensors, save_text, state_dict_of, strip_prefix)
 from ..frameworks.contract import Framework
-from ..processes import Processes, train_step
+from ..processes import has_lost_another, Processes, train_step
 from ..pruning.force import unmasked_states
 from ..pruning.mask import SparseMask
 from ..runtime import (
@@ -387,7 +387,6 @@ def load_framework(
 
 # %% ../../nbs/training/41_finetune.ipynb #37491ed3
 # words in the errors of torch's collectives when another process is gone
-_LOST = re.compile('gloo|nccl|connection|peer|process group', re.I)
 
 # %% ../../nbs/training/41_finetune.ipynb #2cd0d83d
 def _names_in(vocabulary): return list(getattr(vocabulary, 'names', vocabulary) or [])
@@ -591,8 +590,7 @@ class _RunState:
         if self.logger: self.logger.close()
         self.losses = None
         self.wrapping.remove()
-        lost = self.team.n > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error))
-        if lost:
+        if has_lost_another(self.team, error):
             why = str(error).splitlines()[0][:120]
             raise Interrupted(
                 f"{self.team} lost another one at iteration {self.iteration} ({why}). {self.advice()}") from error

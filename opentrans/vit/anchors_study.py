@@ -20,8 +20,8 @@ from ..files import load_tensors, save_tensors, strip_prefix
 from ..runtime import seeded
 from .anchors import as_anchor
 from .esta_study import (
-    _learning, _size_of, BASE, batches, best_of_intervals, cosine, crops, objects, rows_after_family, SIZE, train)
-from .stitch_training import StitchSampler, StitchTrainer
+    BASE, batches, best_of_intervals, cosine, crops, objects, rows_after_family, SIZE, train)
+from .stitch_training import _learning, _size_of, StitchSampler, StitchTrainer
 from .stitching import apply_pst, stitch_configs, StitchableNet
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #811aee23

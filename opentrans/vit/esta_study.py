@@ -22,7 +22,7 @@ from ..experiments.jobs import run_jobs
 from ..files import load_tensors, save_tensors, strip_prefix
 from ..runtime import seeded
 from .stitch_training import (
-    gradient_angles, ImportanceTracker, pareto_front, StitchSampler, StitchTrainer)
+    _learning, _size_of, gradient_angles, ImportanceTracker, pareto_front, StitchSampler, StitchTrainer)
 from .stitching import apply_pst, merge_stitch, pst_report, stitch_configs, stitch_table, StitchableNet
 from .toys import kept_jobs, one_thread, open_folder
 
@@ -134,10 +134,6 @@ def accuracy(f, x, y):
     return right/len(x)
 
 # %% ../../nbs/vit/65_esta_study.ipynb #9a232608
-def _learning(net): return [p for p in net.parameters() if p.requires_grad]
-
-def _size_of(params): return sum(p.numel() for p in params)
-
 def cosine(opt, n):
     highest = opt.param_groups[0]['lr']
     return torch.optim.lr_scheduler.OneCycleLR(opt, highest, total_steps=n, pct_start=.1)

@@ -23,7 +23,7 @@ from .peft_files import save_added
 from .search import teacher_loss, train_spvit
 from .sensitivity import param_sensitivity
 from .spt import allocate, apply_spt, STRUCTURED_KINDS, merge_spt
-from .stitch_training import deploy, StitchSampler, StitchTrainer
+from .stitch_training import _learning, _size_of, deploy, StitchSampler, StitchTrainer
 from .stitching import apply_pst, merge_stitch, stitch_table, StitchableNet, StitchConfig
 
 # %% ../../nbs/vit/64c_products.ipynb #b65e558f
@@ -136,8 +136,6 @@ def accuracy(model, loader)->float:
             total += len(y)
     return right/max(1, total)
 
-def _learning(model): return [p for p in model.parameters() if p.requires_grad]
-
 # %% ../../nbs/vit/64c_products.ipynb #92324aa0
 def fit(
     model, # What learns in it, learns
@@ -196,12 +194,10 @@ def _write(model, out, name, size, onnx, **metadata):
     return export_onnx(model, out/f'{name}.onnx', example)
 
 # %% ../../nbs/vit/64c_products.ipynb #6af91d9a
-def _size_of(model): return sum(p.numel() for p in model.parameters())
-
 def _plan_matrices(model, sens, budget, kind, r, seed, out):
     "Allocate, and add what was allocated: what the report says of it."
     alloc = allocate(sens, budget, kind, r)
-    body = _size_of(model)-alloc.head
+    body = _size_of(model.parameters())-alloc.head
     apply_spt(model, alloc, seed=seed)
     if out is not None:
         from opentrans.escape import csv_text
@@ -218,7 +214,7 @@ def _plan_matrices(model, sens, budget, kind, r, seed, out):
 
 def _plan_blocks(model, sens, budget, kind, r, seed, out):
     "Add prompts or bottlenecks to the sensitive blocks: what the report says of it."
-    whole = _size_of(model)
+    whole = _size_of(model.parameters())
     added = add_spt_blocks(model, sens, budget, kind, r, seed)
     def total(sizes): return sum(sizes.values()) if sizes else 0
     head = total(sens.heads)
@@ -399,7 +395,7 @@ def spvit_on(
     told = dict(operations=' '.join(spec.ops), units=sum(spec.widths))
     told['gflops_before'] = float(full)
     told['gflops'] = float(left)
-    told['params'] = _size_of(slim)
+    told['params'] = _size_of(slim.parameters())
     told['accuracy'] = tested
     told['onnx_difference'] = _write(slim, out, 'slim', (3, *size), onnx, tuned='spvit')
     return slim, told

@@ -297,6 +297,10 @@ class _TrainerState:
         return q
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #1f0c7a25
+def _learning(model): return [p for p in model.parameters() if p.requires_grad]
+
+def _size_of(params): return sum(p.numel() for p in params)
+
 class _TrainerSteps(_TrainerState):
     "Batches, one by one and many."
     def step(self,
@@ -307,7 +311,7 @@ class _TrainerSteps(_TrainerState):
         changed, if a loss is no number."""
         check_images(x)
         net = self.net
-        params = [p for p in net.parameters() if p.requires_grad]
+        params = _learning(net)
         if self.part == 0:
             self.stitch = self.sampler.sample()
             self.spread = self.sampler.entropy()
