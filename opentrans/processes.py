@@ -42,7 +42,7 @@ def has_lost_another(
 
 # %% ../nbs/00_processes.ipynb #3feebb1d
 class Group:
-    "The processes of torch's group, this one among them, whoever made it; just this one if there is none."
+    "The processes of torch's group, made here or elsewhere, with this one among them; just this one without a group."
     @property
     def n(self)->int: return group_size()
     @property

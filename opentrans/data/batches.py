@@ -20,7 +20,7 @@ def sample_batches(
     processes=None, # `Processes`: each gets its part of every batch
     generator:torch.Generator=None, # Seeds the generators of workers; None draws a number from torch's own
 )->Iterator[list]:
-    "The samples of each batch in turn, as lists: the same ones whoever reads them."
+    "The samples of each batch in turn, as lists: the same ones with any number of workers."
     if processes is not None: order = processes.shard(order)
     if workers: check_may_begin_processes(f"{workers} processes are to read samples")
     return iter(DataLoader(samples, batch_sampler=order, num_workers=workers, collate_fn=list, generator=generator))

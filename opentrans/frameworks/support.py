@@ -76,7 +76,7 @@ def _mask(framework):
 
 @support_try('alpha')
 def _alpha(framework):
-    "Half of the layers rest by their spectra, and get no gradient."
+    "Half of the layers are frozen by their spectra, and get no gradient."
     table = analyze(framework.backbone, xmin='median')
     selection = table.select(freeze=.5)
     with selection.apply(framework.backbone):

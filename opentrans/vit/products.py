@@ -279,7 +279,7 @@ def stitch_on(
     seed:int=0, # Of everything random
     onnx:bool=False, # Write ONNX files, too?
     kind:str='lora', # What the models learn: `'lora'`, `'adapter'` or `'adaptformer'`, as in `apply_pst`
-    alone:int=0, # Rounds in which each model is tuned by itself first (thesis, Fig. 3.6 d: dearer, and worse)
+    alone:int=0, # Rounds in which each model is tuned by itself first (thesis, Fig. 3.6 d: it costs more, and is worse)
     **pst, # Of `apply_pst`: `ssb=False` for no biases of stitches, `stitch_rank=None` for stitching layers in full
 )->pd.DataFrame: # A row for each deployed network: name, flops, params, accuracy
     "Efficient stitchable task adaptation from end to end (thesis, chapter 3)."
