@@ -66,7 +66,7 @@ def segment(
     image:Any, # Whatever `to_image` takes
     names:str|Sequence[str]|Vocabulary, # Text with commas, list of names, or `Vocabulary`
     max_side:int=768, # Longer images are made smaller
-    # A bare CLIP looks at the image no larger than this, near the size that it was trained with; None: as it is
+    # A bare CLIP looks at the image no larger than this; None: one and a half times the side that it was trained with
     seen_side:int|None=None,
 )->tuple[torch.Tensor, torch.Tensor, list[str]]: # Image (3,H,W), labels (H,W) of indices into the names, names
     "The best of some classes for each pixel of one image. Raises `OpenTransError`."
@@ -75,7 +75,8 @@ def segment(
     if not hasattr(vocabulary, 'names'): vocabulary = Vocabulary(list(vocabulary))
     if hasattr(framework, 'predict'): labels = framework.predict(x[None], vocabulary)[0]
     else:
-        seen = x if seen_side is None else to_image(x, seen_side)
+        if seen_side is None: seen_side = round(1.5*framework.image_size)
+        seen = to_image(x, seen_side)
         near = _likeness(framework, seen, vocabulary)
         near, = resize(near, x.shape[1:])
         labels = near.argmax(0)
@@ -89,6 +90,7 @@ def _likeness(clip, image, vocabulary):
     texts = clip.encode_text(vocabulary)
     return torch.einsum('bdhw,kd->bkhw', cells, texts)
 
+# %% ../nbs/app/71_playground.ipynb #3f2e7a91
 def overlay(
     image:torch.Tensor, # (3,H,W) in [0,1]
     labels:torch.Tensor, # (H,W) indices into the names
@@ -142,14 +144,16 @@ def guesses(
 # %% ../nbs/app/71_playground.ipynb #ad4c9fa4
 class _Playground:
     "State and wiring of `playground`."
-    def __init__(self, framework, samples, text, w):
+    def __init__(self, framework, samples, words, text, w):
         self.framework = framework
         self.samples = dict(samples)
+        self.words = words # the names that fit a sample, where they are known
         self.lock = threading.RLock()
         self.answer = None
         self._make_widgets(w, text)
         self.box.playground = self
-        for widget in (self.source, self.names): widget.observe(lambda _: self.ask(), 'value')
+        self.source.observe(self.turn, 'value')
+        self.names.observe(lambda _: self.ask(), 'value')
         self.upload.observe(self.receive, 'value')
         self.go.on_click(lambda _: self.ask())
         self.opacity.observe(lambda _: self.draw(), 'value')
@@ -189,6 +193,14 @@ class _Playground:
             else:
                 self.source.options = list(self.samples)
                 self.source.value = name
+
+    def turn(self, change):
+        "Another image. The names that fit it take the place of those that fitted the last one, not of one's own."
+        typed = self.names.value
+        fit = self.words.get(change['new'], typed)
+        are_own = typed != self.words.get(change['old'])
+        if are_own or fit == typed: self.ask()
+        else: self.names.value = fit # which asks
 
     def say(self, text, colour='555'):
         self.said.value = f'<span style="color:#{colour}">{for_html(text)}</span>'
@@ -230,19 +242,27 @@ def _scenes():
 
 def playground(
     framework, # A `Framework`, as `build` makes it, or a `ClipBackbone`
-    samples=None, # Name -> whatever `to_image` takes, or a data set; None takes scenes of `ShapesWorld`
-    names:str=None, # What the text field says at first; None takes some names of the framework's own vocabulary
+    # Name -> whatever `to_image` takes, or a pair of it and the class names that fit it, as `sample_photographs`
+    # gives; or a data set; None takes scenes of `ShapesWorld`
+    samples=None,
+    # What the text field says at first; None takes the names that fit the first image, else some of the framework's
+    # own vocabulary
+    names:str=None,
 ): # An ipywidgets widget
-    """Type class names, see the segmentation. Raises `OpenTransError` if ipywidgets is missing or there is no
-    sample."""
+    """Type class names, see the segmentation. Another image brings the names that fit it, until you type your own.
+    Raises `OpenTransError` if ipywidgets is missing or there is no sample."""
     w = optional('ipywidgets', 'dev', 'The playground')
     if samples is None: samples = _scenes()
     if not isinstance(samples, dict):
         count = min(12, len(samples))
         samples = {f'{i}: {samples[i]["id"]}': samples[i] for i in range(count)}
     if not samples: raise OpenTransError("There is no sample to look at. Give a dict of images, or a data set.")
+    pairs = {name: sample for name,sample in samples.items() if isinstance(sample, tuple)}
+    words = {name: fit for name,(_,fit) in pairs.items()}
+    samples = {**samples, **{name: image for name,(image,_) in pairs.items()}}
+    if names is None: names = words.get(next(iter(samples)))
     if names is None:
         own = getattr(framework, 'vocabulary', None)
         known = list(getattr(own, 'names', own) or ['grass', 'sky'])
         names = ', '.join(name.replace(',', ' | ') for name in known[:8])
-    return _Playground(framework, samples, names, w).box
+    return _Playground(framework, samples, words, names, w).box

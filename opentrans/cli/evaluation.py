@@ -213,7 +213,7 @@ def segment(
     device:Device=None, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 )->None:
     "A photograph of your own, segmented by your own words."
-    from opentrans.clip import photo_clips, small_clips
+    from opentrans.clip import small_clips
     from opentrans.playground import guesses, overlay, parse_names, segment as look, to_image, unseen
     vocabulary = parse_names(names)
     x = to_image(image, max_side)
@@ -238,9 +238,7 @@ def segment(
     doubt = unseen(seg, vocabulary)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*(has never seen|was shown)') # the marks below say it
-        larger = not model and not method and backbone in photo_clips()
-        seen = round(1.5*seg.image_size) if larger else None
-        x,labels,found = look(seg, x, vocabulary, max_side, seen)
+        x,labels,found = look(seg, x, vocabulary, max_side)
     marked = [f'{name} *' if name in doubt else name for name in found]
     _save_picture(lambda: overlay(x, labels, marked), Path(out))
     shares = _shares(labels, found if as_json else marked)
