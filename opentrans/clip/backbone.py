@@ -199,7 +199,7 @@ class Origin:
         """Channels and strides of the maps, and the width of embeddings: asked by a forward pass, of a large tower
         without numbers."""
         kind = tower_family(self.visual, self.name)
-        size = _side(self.visual)
+        size = 32*math.ceil(_side(self.visual)/32) # no cell at a border is cut, so that strides come out whole
         net = copy.deepcopy(self.visual).eval()
         if not is_small(net) or size > 256: net.to('meta')
         image = torch.zeros(1, 3, size, size, device=device_of(net))

@@ -48,6 +48,7 @@ class _Photo(TypedDict):
     "A CLIP for photographs."
     image: _Image
     text: _Text
+    join: str # Whose join it has: that of another one, if both know the same names
     embed_dim: int
     temperature: float # Of the classifier's probabilities
     logit_scale: float # Of cosine similarities
@@ -201,7 +202,8 @@ def read_join(
     name:str, # Such as `'photo-lite0'`
 )->dict: # As `join_of` gives it
     "The join that ships with the package."
-    tensors,_ = load_tensors(ASSETS/f'{name}.safetensors', kind=PHOTO_FILE)
+    file = ASSETS/f"{photo_settings(name)['join']}.safetensors"
+    tensors,_ = load_tensors(file, kind=PHOTO_FILE)
     return {key: value.float() for key,value in tensors.items()}
 
 def _is_counter(key): return key.endswith('num_batches_tracked')

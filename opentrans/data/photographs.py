@@ -250,7 +250,7 @@ def package_path(
         if path.is_file(): return path
     raise OpenTransError(
         f"Photographs need '{file}' of the package '{package}', which is not installed. Run: pip install "
-        f"'opentrans[photo]'")
+        f"'opentrans[photo]' {package}")
 
 def sample_photographs(
     names:Sequence[str]|None=None, # Some of `PHOTOGRAPHS`; None: all
