@@ -380,7 +380,7 @@ class _ClipEmbeddings(_OpenedClip):
 
     def dense_embeddings(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
-    )->torch.Tensor: # (B, D, h, w), unit length along D; h = H / `strides['res5']`
+    )->torch.Tensor: # (B, D, h, w), unit length along D; a cell is a patch of a ViT, else `strides['res5']` pixels wide
         "Embed each cell of the last map in the space of the text."
         cells = self.kind.dense(self.visual, self._last_map(images))
         return F.normalize(cells, dim=1)
