@@ -701,3 +701,35 @@ def test_the_explorer_in_jupyterlab(page, tmp_path):
     assert '(median)' in pre()
     page.browser.save_screenshot(str(tmp_path/'explorer.png'))
     assert not find('.jp-OutputArea .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]')
+
+def test_watching_what_has_no_fit():
+    "Before the first look; a model that is still its base; and layers too small for a fit."
+    from opentrans.heavy_tail import plot_median
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    watch = Reselect(model, every=1, freeze=0, base=copy.deepcopy(model), skip=())
+    assert len(watch.history) == 0
+    watch.step(0)
+    with torch.no_grad(): model[1].weight += .01*torch.randn(64, 64)
+    watch.step(1)
+    assert watch.history.frozen.tolist() == [0, 0] and watch.tables[1].frame.alpha.notna().tolist() == [False, True]
+    with pytest.raises(OpenTransError, match='No layer has a fit'): watch.tables[0].select()
+    small = analyze(nn.Linear(2, 2), skip=())
+    plot_median({0: small, 1: small})
+    plot_median({})
+
+def test_a_limit_of_length_stays_with_another_rule():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 640))
+    given = analyze(model, max_aspect=4, skip=())
+    assert given.refit('median').frame.alpha.isna().tolist() == [False, True]
+    assert given.rules()['median'].isna().tolist() == [False, True]
+    of_rule = analyze(model, 'paper', skip=())
+    assert of_rule.frame.alpha.isna().tolist() == [False, True]
+    assert of_rule.refit('median').frame.alpha.notna().all()
+
+def test_borders_of_matrices_and_spectra():
+    from opentrans.heavy_tail import matrices, Null, Spectrum
+    for groups in (0, -1, 3):
+        with pytest.raises(OpenTransError): matrices(torch.ones(4, 4), groups=groups)
+    none = Spectrum('a', 'linear', (2, 2))
+    assert math.isnan(none.variance) and math.isnan(none.random_edge(Null()))
+    assert math.isnan(spectra(nn.Linear(64, 64))[0].random_edge(Null('shuffle')))

@@ -351,3 +351,17 @@ def test_farms_for_kernels(monkeypatch, capsys):
             for i in (0, 32, 64)]
     assert np.isclose(found, np.mean(each), rtol=2e-3)
     assert abs(analyze(model, xmin='median', aspect=1., skip=()).frame.alpha.item() - found) < .05
+
+def test_what_cannot_be_steered_by_is_said():
+    for bad in (['a'], [[1], [2, 3]]):
+        with pytest.raises(OpenTransError, match='finite numbers'): assign(bad)
+    with pytest.raises(OpenTransError, match='3 scores and 2 blocks'): assign([1., 2, 3], how='sigmoid', blocks='ab')
+    small = analyze(nn.Linear(20, 20))
+    with pytest.raises(OpenTransError, match='rest on fewer than 50 eigenvalues'): small.lr_groups(1.)
+    for by in ('alpha*', 'random'):
+        with pytest.raises(OpenTransError, match='Unknown column of numbers'): table().scores(by)
+    unshuffled = table().refit('median', null='shuffle')
+    with pytest.raises(OpenTransError, match="a number in the column 'z'"): unshuffled.scores('z')
+
+def test_ranks_go_up_in_equal_steps_that_end_one_before_the_largest():
+    assert assign([4., 1, 2, 3], (.5, 1.5), 'rank').tolist() == [1.25, .5, .75, 1.]

@@ -152,7 +152,7 @@ class Reselect:
         columns = dict(step=list(self.tables))
         for i,name in enumerate(('low', 'median', 'high')): columns[name] = [q[i] for q in quartiles]
         columns['frozen'] = [len(selection.freeze) for selection in self.selections.values()]
-        columns['move'] = [0]+moves
+        columns['move'] = [0, *moves][:len(self.tables)] # none before the first look
         return pd.DataFrame(columns).set_index('step')
 
     def remove(self): self._handle.remove()
@@ -167,7 +167,7 @@ def _quartiles(tables):
     for step,table in tables.items():
         values = table.frame.alpha.quantile([.25, .5, .75])
         rows[step] = dict(zip(names, values))
-    return pd.DataFrame(rows).T
+    return pd.DataFrame(rows, index=names).T
 
 def plot_median(
     history:pd.DataFrame|dict[int, LayerTable], # `Reselect.history`, or a dict of step -> `LayerTable`
@@ -179,7 +179,7 @@ def plot_median(
     steps = history.index
     ax.fill_between(steps, history.low, history.high, color=_BLUE, alpha=.15, lw=0, label='quartiles')
     ax.plot(steps, history['median'], '.-', color=_RED, label='median')
-    top = max(history.high.max()*1.15, 4)
+    top = np.nanmax([history.high.max()*1.15, 4]) # also if no layer has a fit
     ax.set(xlabel='step', ylabel='$\\alpha$', ylim=(1, top))
     ax.legend(fontsize=9, frameon=False)
     return ax

@@ -16,7 +16,7 @@ import torch
 from scipy import special
 from torch.nn.parameter import is_lazy
 from ..core import no_values, unreadable
-from ..errors import OpenTransError, unknown
+from ..errors import check_number, OpenTransError, unknown
 from .lapack import _eigenvalues, _exactness, _noise, _settle, _stored_type
 
 # %% ../../nbs/02_heavy_tail.ipynb #f76fac1a
@@ -476,6 +476,7 @@ def matrices(
         raise OpenTransError(
             f"A weight of shape {shape} is empty. Give a tensor with at least one number.")
     rows,cols = w.shape[:2]
+    check_number('groups', groups, 1, rows, whole=True)
     if rows % groups:
         raise OpenTransError(
             f"{rows} rows cannot be taken apart into {groups} groups. Give a divisor of {rows}.")

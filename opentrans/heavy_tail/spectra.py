@@ -123,7 +123,8 @@ class Spectrum:
 
     @property
     def variance(self)->float:
-        "Mean square of the entries of its matrices, on the scale of the eigenvalues."
+        "Mean square of the entries of its matrices, on the scale of the eigenvalues; NaN if it has none."
+        if not self.stack: return math.nan
         _,edge_of_one = mp_edges(self.stack[1:])
         return self.edge/edge_of_one
 
@@ -141,7 +142,10 @@ class Spectrum:
     def random_edge(self,
         null:Null, # A `Null`
     )->float:
-        "What the largest eigenvalue stays below by chance: in 99 of 100 random layers, or in all shuffled ones."
+        """What the largest eigenvalue stays below by chance: in 99 of 100 random layers, or in all shuffled ones. NaN
+        if there is nothing to compare with."""
+        has_none = self.shuffled is None if null.kind == 'shuffle' else not self.stack
+        if has_none: return math.nan
         if null.kind == 'shuffle':
             largest = self.shuffled[:,-1]
             return float(largest.max())

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from ..core import BATCH_NORMS, bare_modules, find_layers, find_tower
 from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_plot
-from .table import LayerTable
+from .null import NULL_COLUMNS
+from .table import _nothing_to, LayerTable
 from ..runtime import get_axes
 
 # %% ../../nbs/02e_alpha_to_everything.ipynb #d48cd460
@@ -47,7 +48,7 @@ def _in_proportion(roots):
 
 def _sigmoid(scores, blocks, slope):
     "Twice a sigmoid of each score, in standard deviations from the mean of its block."
-    parts = pd.Series(scores).groupby(list(blocks))
+    parts = pd.Series(scores).groupby(blocks)
     from_mean = scores - parts.transform('mean')
     spread = parts.transform('std', ddof=0) + 1e-8
     exponent = -slope*(from_mean/spread)
@@ -57,15 +58,17 @@ def _sigmoid(scores, blocks, slope):
 # %% ../../nbs/02e_alpha_to_everything.ipynb #df703f91
 def _checked_scores(scores):
     "Scores as an array. Raises `OpenTransError` for what is no list of finite numbers."
-    scores = np.asarray(scores, dtype=float)
+    wanted = "Scores must be a list of finite numbers, one a layer, and at least one."
+    try: scores = np.asarray(scores, dtype=float)
+    except (TypeError, ValueError): raise OpenTransError(wanted) from None
     is_list = scores.ndim == 1 and scores.size
-    if not (is_list and np.isfinite(scores).all()):
-        raise OpenTransError("Scores must be a list of finite numbers, one a layer, and at least one.")
+    if not (is_list and np.isfinite(scores).all()): raise OpenTransError(wanted)
     return scores
 
 def assign(
     scores:pd.Series|np.ndarray|Sequence[float], # A number a layer
-    # Smallest and largest value, as shares of what all would get; of `'linear'` and `'rank'`
+    # Smallest and largest value, as shares of what all would get; of `'linear'`, and of `'rank'`, whose equal steps
+    # begin at the smallest and end one before the largest
     spread:tuple[float, float]=(.5, 1.5),
     how:str='linear', # One of `MAPS`
     blocks:Sequence[str|int]|None=None, # The block of each layer, for `'sigmoid'`
@@ -78,7 +81,9 @@ def assign(
     if how == 'linear': return _linear(scores, low, high)
     if how == 'rank': return _by_rank(scores, low, high)
     if how == 'sigmoid':
-        if blocks is None: blocks = [0]*len(scores)
+        blocks = [0]*len(scores) if blocks is None else list(blocks)
+        if len(blocks) != len(scores):
+            raise OpenTransError(f"There are {len(scores)} scores and {len(blocks)} blocks: each layer needs its own.")
         return _sigmoid(scores, blocks, slope)
     least = 1 if how == 'log2' else 0 # where the map is zero
     smallest = scores.min()
@@ -198,18 +203,20 @@ def scores(self:LayerTable,
     per:str='layer', # `'layer'`, or `'block'`: layers of a block get their mean
     few:bool=True, # Also layers with few eigenvalues?
 )->pd.Series: # By name; layers without a fit are not in it
-    """What layers are steered by. Raises `OpenTransError` for a column that is none, and if there is no layer with
-    a fit."""
+    "What layers are steered by. Raises `OpenTransError` for a column that is none, and if no layer is left."
+    numbers = [*self._numbers(), *NULL_COLUMNS]
+    if by not in numbers: raise unknown('column of numbers', by, dict.fromkeys(numbers))
     self._check_order(by)
     if per not in ('layer', 'block'): raise unknown('unit', per, ['layer', 'block'])
-    names = list(_names_with_fit(self.frame))
-    status = self.frame.status
-    if not few: names = [name for name in names if status[name] == 'ok']
-    found = self.frame.loc[names, by].astype(float)
-    found = found.dropna()
-    if not len(found):
+    fitted = self.frame.loc[_names_with_fit(self.frame)]
+    is_sure = fitted.status == 'ok'
+    if not few and len(fitted) and not is_sure.any():
         raise OpenTransError(
-            "No layer has a fit, so there is nothing to steer by. The column 'reason' of the table says why.")
+            f"The fits of all {len(fitted)} layers rest on fewer than {self.few} eigenvalues, which say too little to "
+            f"steer by. Take a larger model, or a smaller `few` in `analyze`.")
+    found = fitted[by] if few else fitted.loc[is_sure, by]
+    found = found.astype(float).dropna()
+    if not len(found): raise _nothing_to('steer', fitted, by)
     if per == 'layer': return found
     blocks = [block_of(name) for name in found.index]
     return found.groupby(blocks).transform('mean')

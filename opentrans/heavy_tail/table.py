@@ -36,6 +36,14 @@ def _is_empty(s):
     "Has a `Spectrum` no eigenvalues?"
     return s.evals is None or not s.evals.size
 
+def _usual_aspect(xmin):
+    "The limit to how long a linear layer may be that comes with a rule for xmin; None for none."
+    return 8 if _rule_name(xmin) == 'paper' else None
+
+def _given_aspect(table):
+    "The limit of a table, unless it came with its rule."
+    return None if table.max_aspect == _usual_aspect(table.xmin) else table.max_aspect
+
 def _about_layer(s):
     "The columns of a layer that its spectrum alone says."
     about = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density)
@@ -64,8 +72,7 @@ class _LayerFits:
         self.few: int = few
         self.options: dict[str, Any] = dict(options or {})
         self.null: Null|None = as_null(null)
-        if max_aspect is None and _rule_name(xmin) == 'paper': max_aspect = 8
-        self.max_aspect: float|None = max_aspect
+        self.max_aspect: float|None = _usual_aspect(xmin) if max_aspect is None else max_aspect
         self.fits: dict[str, PowerLawFit] = {s.name: self._fit(s) for s in spectra}
         rows = [self._row(s, self.fits[s.name]) for s in spectra]
         index = pd.Index(list(self.spectra), name='layer')
@@ -153,11 +160,12 @@ class _LayersByName(_LayerFits):
 
     def refit(self,
         xmin:str|float='ks', # Rule, one of `XMIN_RULES`, or a number
-        # `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are computed)
+        # Other `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are
+        # computed) than those that the table was made with
         **kw:Any,
     )->'LayerTable': # A new one of the same spectra
         "Fit again by another rule, without computing eigenvalues again."
-        kept = dict(few=self.few, options=self.options, null=self.null)
+        kept = dict(few=self.few, options=self.options, null=self.null, max_aspect=_given_aspect(self))
         made = list(self.spectra.values())
         return LayerTable(made, xmin, **(kept | kw))
 
@@ -227,6 +235,11 @@ class LayerTable(_LayersByName):
         rows = self._short().to_html(float_format=number, max_rows=16)
         return f"<p><b>{about}</b></p>{rows}"
 
+    def _numbers(self):
+        "The columns that hold numbers."
+        types = self.frame.dtypes
+        return [column for column in self.frame if types[column].kind in 'if']
+
     def _check_order(self, by):
         "Raises `OpenTransError` for a column that layers cannot be chosen by."
         name = by.removesuffix('*') if isinstance(by, str) else by
@@ -234,8 +247,7 @@ class LayerTable(_LayersByName):
             raise OpenTransError(
                 f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare "
                 f"alpha with chance.")
-        types = self.frame.dtypes
-        numbers = [column for column in self.frame if types[column].kind in 'if']
+        numbers = self._numbers()
         if name in numbers: return
         known = dict.fromkeys([*SELECTION_RULES, *numbers])
         raise unknown('way to choose layers', by, known)
@@ -462,6 +474,16 @@ def _chosen(values, by, count, seed):
     first_trained = order.sort_values().iloc[count]
     return set(order.index[order < first_trained])
 
+def _nothing_to(do, fitted, column):
+    "The error where no layer has a number to choose or steer by: `fitted` are the rows of those with a fit."
+    if not len(fitted):
+        return OpenTransError(
+            f"No layer has a fit, so there is nothing to {do} by. The column 'reason' of the table says why.")
+    return OpenTransError(
+        f"None of the {len(fitted)} layers with a fit has a number in the column '{column}', so there is nothing to "
+        f"{do} by.")
+
+# %% ../../nbs/02b_layers.ipynb #7423a375
 def _rule_in_words(table, freeze, by, seed, count):
     "What a selection among `count` layers was made by, for its `rule`."
     rule = f"{by}, {freeze:.0%} of {count} layers frozen, xmin by {table.xmin}"
@@ -481,9 +503,7 @@ def _selection(table, freeze, by, seed):
     values = frame[column].astype(float)
     has_fit = frame.alpha.notna()
     values = values[has_fit].dropna()
-    if not len(values):
-        raise OpenTransError(
-            "No layer has a fit, so there is nothing to choose by. The column 'reason' of the table says why.")
+    if not len(values) and freeze: raise _nothing_to('choose', frame[has_fit], column)
     count = math.floor(freeze*len(values) + 1e-9)
     frozen = _chosen(values, by, count, seed)
     rule = _rule_in_words(table, freeze, by, seed, len(values))
