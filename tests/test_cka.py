@@ -541,3 +541,23 @@ def test_parametrised_layers_are_found(images):
                           (dict(layers_a=[]), 'no layer')])
 def test_options_without_sense_are_refused_before_anything_runs(options, words):
     with pytest.raises(OpenTransError, match=words): cka(NET, NET, iter(()), **options)
+
+
+def test_rbf_of_examples_that_are_mostly_equal_is_nan_with_a_reason():
+    other = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    for n in range(5, 10):
+        x = torch.zeros(n, 4)
+        x[0] = 1
+        for unbiased in (False, True):
+            with pytest.warns(UserWarning, match='same kernel for all pairs'):
+                assert np.isnan(rbf_cka(x, other[:n], unbiased=unbiased))
+    model = nn.Sequential(nn.Linear(4, 4))
+    frame = cka(model, model, [x], kernel='rbf')
+    assert np.isnan(frame.to_numpy()).all() and 'same kernel' in frame.attrs['reasons']['0.weight']
+
+
+def test_gram_takes_what_linear_cka_takes():
+    from opentrans.cka import gram
+    x = torch.randn(6, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(gram(x), gram(torch.view_as_real(x)))
+    with pytest.raises(OpenTransError, match='must be'): gram(torch.ones(6))

@@ -42,7 +42,7 @@ def rbf_gram(
     K:torch.Tensor, # (n, n) linear Gram matrix
     sigma:float=1., # Width as a share of the median distance
 )->torch.Tensor: # exp(-d^2/(2 sigma^2 median d^2))
-    "The Gram matrix of a Gaussian kernel, from the linear one."
+    "The Gram matrix of a Gaussian kernel, from the linear one; all ones if the median distance is zero."
     d = K.diagonal()
     d2 = (d[:, None] + d[None] - 2*K).clamp_(min=0)
     m = _median(d2)
@@ -66,6 +66,16 @@ def _constant(x):
     x = x.double()
     spread = (x - x.mean(0)).norm()
     return bool(spread <= 2*eps*x.norm())
+
+# %% ../../nbs/03_cka.ipynb #1ba19288
+_ALIKE = 'has the same kernel for all pairs of examples, as the RBF has if most of them are equal'
+
+def _centred(K, unbiased):
+    "A Gram matrix centred in place; zero if nothing but rounding is left of it."
+    size = K.norm()
+    K = center_gram(K, unbiased)
+    if K.norm() <= 1e-12*size: K.zero_()
+    return K
 
 def _nan(what, reason):
     "NaN, with a warning that says why."
@@ -99,9 +109,11 @@ def _pair(X, Y, unbiased, kernel):
         if _constant(x): return _nan(what, 'is constant over the examples')
     def centred_gram(features):
         unit = _unit_features(features)
-        return center_gram(kernel(unit@unit.T), unbiased)
+        return _centred(kernel(unit@unit.T), unbiased)
     K = centred_gram(X)
     L = centred_gram(Y)
+    for centred,what in ((K, 'X'), (L, 'Y')):
+        if not centred.any(): return _nan(what, _ALIKE)
     product = (K*L).sum()
     sizes = K.norm()*L.norm()
     return (product/sizes).item()
@@ -121,8 +133,9 @@ def rbf_cka(
     Y:torch.Tensor, # (n, ...) features of the same examples
     sigma:float=1., # Width of the Gaussian as a share of the median distance
     unbiased:bool=False, # Debiased HSIC; the usual biased one if False
-)->float: # As `linear_cka`
-    "CKA with a Gaussian kernel, in float64 (Kornblith et al. 2019)."
+    # As `linear_cka`; NaN, with a warning, also if most pairs of examples are equal: the Gaussian has no width then
+)->float:
+    "CKA with a Gaussian kernel, in float64 (Kornblith et al. 2019). Raises `OpenTransError` as `linear_cka`."
     return _pair(X, Y, unbiased, lambda K: rbf_gram(K, sigma))
 
 # %% ../../nbs/03_cka.ipynb #b011ea24
@@ -164,6 +177,7 @@ def gram(
     scale:float=1., # Divide the features by this number
     block:int=8192, # Columns at a time
 )->torch.Tensor: # (n, n) in float64
-    "Gram matrix of features centred over the examples, summed in float64."
-    K,_ = _gram_and_size(x, scale, block)
+    """Gram matrix of features centred over the examples, summed in float64. Raises `OpenTransError` for a tensor of one
+    axis."""
+    K,_ = _gram_and_size(_flat(x, 'x'), scale, block)
     return K

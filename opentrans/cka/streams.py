@@ -242,7 +242,7 @@ def cka(
     loader:Iterable[torch.Tensor|Sequence[Any]|Mapping[str, Any]],
     # Names of modules or keys of weights; None: every convolution, linear and attention layer that runs
     layers_a:list=None,
-    layers_b:list=None, # As `layers_a`, which is taken if None and the model has those names
+    layers_b:list=None, # As `layers_a`; None: the names given there, which this model must have, too
     unbiased:bool=True, # Debiased HSIC in each batch; the biased one if False
     kernel:str='linear', # `'linear'` or `'rbf'`
     sigma:float=1., # Width of the RBF kernel as a share of the median distance in the batch

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .kernels import _gram_and_size, center_gram
+from .kernels import _ALIKE, _centred, _gram_and_size
 from ..core import bare_modules, BATCH_NORMS, CONVS, find_tower, layers, layers_of, unwrap
 from ..errors import OpenTransError
 
@@ -241,6 +241,7 @@ class _Watch:
         self.scale = {}
         self.reasons = {}
         self.varies = set()
+        self.tells = set() # of those that vary, what is left of them after centring
         self.runs = {}
         self.repeated = set()
 
@@ -351,7 +352,9 @@ class _Watch:
         if K.trace() > rounding*size*x.numel(): self.varies.add(name)
         elif name not in self.varies: K.zero_()
         if name in self.varies: K = self.gram_of(K)
-        return center_gram(K, self.unbiased),apart
+        K = _centred(K, self.unbiased)
+        if K.any(): self.tells.add(name)
+        return K,apart
 
     def take(self, names):
         "Centred Gram matrices (layers, n*n), zero for a layer that has none, and forget them."
@@ -366,9 +369,11 @@ class _Watch:
 
     def why(self, names):
         "Reasons of the layers that cannot be compared."
-        constant = 'features are constant over the examples'
         reasons = {}
         for name in names:
-            does_vary = (name, self.axis.get(name)) in self.varies
-            if name in self.reasons or not does_vary: reasons[name] = self.reasons.get(name, constant)
+            key = (name, self.axis.get(name))
+            why = self.reasons.get(name, '')
+            if not why and key not in self.varies: why = 'features are constant over the examples'
+            if not why and key not in self.tells: why = _ALIKE
+            if why: reasons[name] = why
         return reasons
