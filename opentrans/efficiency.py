@@ -57,8 +57,6 @@ def _asked(entry, whole):
 class FullSize:
     """RN50 and the heads of the three frameworks at full size with random weights, each counted once for every
     input and convention."""
-    strides:dict[str, int] = dict(res2=4, res3=8, res4=16, res5=32)
-
     @functools.cached_property
     def clip(self)->ClipBackbone: return ClipBackbone.create('RN50', pretrained=None)
 
@@ -68,15 +66,16 @@ class FullSize:
         return build(name, self.clip, vocabulary=names, seed=0)
 
     @functools.lru_cache(None)
-    def trunk(self, size:Sequence[int], convention:str='thop')->Cost:
+    def trunk(self, size:tuple[int, int], convention:str='thop')->Cost:
         whole = cost(self.clip, (3, *size), convention=convention)
         return whole.without('attnpool')
 
-    def features(self, size:Sequence[int])->dict[str, torch.Tensor]:
+    def features(self, size:tuple[int, int])->dict[str, torch.Tensor]:
+        "Maps of the sizes that the trunk gives for an image of a height and width; zeros."
         maps = {}
-        depths = self.clip.channels.items()
-        for (name,channels),stride in zip(depths, self.strides.values()):
-            height,width = (math.ceil(side/stride) for side in size)
+        height,width = (math.ceil(side/2) for side in size) # the first convolution is padded, poolings are not
+        for name,channels in self.clip.channels.items():
+            height,width = height//2,width//2
             maps[name] = torch.zeros(1, channels, height, width)
         return maps
 
@@ -90,17 +89,17 @@ class FullSize:
         return cost(head, (3, *size), convention=convention, args=values, forward=forward)
 
     @functools.lru_cache(None)
-    def han(self, size:Sequence[int], convention:str)->Cost:
+    def han(self, size:tuple[int, int], convention:str)->Cost:
         "The head of Han et al.: pixel decoder, mask decoder, class embedding; fed with the trunk's maps."
         return self._head(self.framework('mask2former').head, size, convention)
 
     @functools.lru_cache(None)
-    def fcclip(self, size:Sequence[int], convention:str)->Cost:
+    def fcclip(self, size:tuple[int, int], convention:str)->Cost:
         "The head of FC-CLIP: 250 queries, classified behind every layer."
         return self._head(self.framework('fcclip').head, size, convention, every=True)
 
     @functools.lru_cache(None)
-    def deeplab(self, size:Sequence[int], convention:str)->Cost:
+    def deeplab(self, size:tuple[int, int], convention:str)->Cost:
         """ASPP and decoder of DeepLabV3, fed with maps of stride 16, without a classifier (text embeddings
         classify)."""
         seg = self.framework('deeplabv3')

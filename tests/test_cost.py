@@ -797,3 +797,19 @@ def test_models_and_arguments_that_make_no_sense():
     for out in (dict, tuple, list):
         whole = training_memory(Says(lambda y: out({'y': y}.items()) if out is dict else out([y])), (2, 4))
         assert whole.equals(training_memory(Says(lambda y: y), (2, 4)))
+
+
+def test_words_that_name_no_table_or_tool():
+    counted = cost(nn.Linear(3, 4), (2, 3))
+    for wrong in (lambda: counted.to_markdown('layer'), lambda: counted.plot('kinds'),
+                  lambda: counted.plot(what='flops'), lambda: tool_count('json', nn.Linear(3, 4), (3,))):
+        with pytest.raises(OpenTransError, match='Unknown'): wrong()
+
+
+def test_heads_are_fed_with_maps_of_the_trunks_sizes():
+    from opentrans.efficiency import FullSize
+    full = FullSize()
+    with torch.no_grad():
+        for size in ((64, 96), (48, 80), (100, 60), (97, 99)):
+            theirs = full.clip(torch.zeros(1, 3, *size))
+            assert {k: m.shape for k,m in full.features(size).items()} == {k: m.shape for k,m in theirs.items()}, size

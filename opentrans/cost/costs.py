@@ -423,7 +423,8 @@ class _CostText(_CostSums):
         return _sums(self.by_layer, pd.Index(stages, name='stage'))
 
     def to_markdown(self, by:str='kind', **kw:Any)->str:
-        "A markdown table by `'kind'` or `'stage'`, with the total below."
+        "A markdown table by `'kind'` or `'stage'`, with the total below. Raises `OpenTransError` for another."
+        if by not in ('kind', 'stage'): raise unknown('grouping', by, ['kind', 'stage'])
         groups = getattr(self, f'by_{by}')(**kw)
         counted = 'MACs' if self.convention == 'macs' else self.convention
         lines = [_markdown_line([by, 'params', 'active', counted, 'active']), '|---|--:|--:|--:|--:|']
@@ -481,7 +482,9 @@ class Cost(_CostText):
         what:str='macs', # `'macs'` or `'params'`
         ax:'Axes|None'=None, # Axes to draw on; new ones if None
     )->'Axes': # The axes
-        "Bars of what each layer costs; the dark part is what a mask leaves."
+        "Bars of what each layer costs; the dark part is what a mask leaves. Raises `OpenTransError`."
+        if by not in ('layer', 'stage', 'kind'): raise unknown('grouping', by, ['layer', 'stage', 'kind'])
+        if what not in ('macs', 'params'): raise unknown('figure', what, ['macs', 'params'])
         t = self.by_layer if by == 'layer' else getattr(self, f'by_{by}')()
         t = t[t[what] != 0]
         width = min(12, 3+.16*len(t))
@@ -579,9 +582,11 @@ def tool_count(
     model:nn.Module, # The model; it is copied, since the tools leave traces
     input_size:Sequence[int], # (C,H,W); one image
 )->tuple[int, int]: # (FLOPs, parameters)
-    "Run one of the three counting tools. Raises `OpenTransError` if it is not installed."
+    "Run one of the three counting tools, in float32 on the CPU. Raises `OpenTransError` if it is not installed."
     import copy, warnings
-    model = copy.deepcopy(model).eval()
+    tools = ('thop', 'ptflops', 'fvcore')
+    if tool not in tools: raise unknown('tool', tool, tools)
+    model = copy.deepcopy(model).cpu().float().eval()
     size = _size(input_size)[-3:]
     with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter('ignore')
