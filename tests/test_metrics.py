@@ -234,3 +234,17 @@ def test_numbers_of_instances_of_any_size_are_matched_alike(numbers):
     isthing = [True, True, False, True]
     assert PanopticQuality(isthing).update(*pairs).compute()['pq'] == PanopticQuality(isthing).update(
         *plain).compute()['pq']
+
+
+def test_batches_of_masks_that_differ_in_number_are_refused():
+    from opentrans.data import MaskNames
+    pred = torch.zeros(1, 4, 4, dtype=torch.int64)
+    with pytest.raises(OpenTransError, match='differ in shape'): MaskNames(2).update(pred, pred.repeat(3, 1, 1))
+
+
+@pytest.mark.parametrize('label', [.5, float('nan'), -1])
+def test_labels_of_boxes_are_whole_numbers(label):
+    from opentrans.data import DetectionAP
+    box = [[0, 0, 1, 1]]
+    with pytest.raises(OpenTransError, match='labels outside 0..1'):
+        DetectionAP(2).update(dict(boxes=box, scores=[1], labels=[label]), dict(boxes=box, labels=[1]))

@@ -94,6 +94,12 @@ def _int_map(x, what):
     if x.dim() not in (2, 3): raise _not_labels(x, what, wanted)
     return x if x.dim() == 3 else x[None]
 
+def _check_same_shape(pred, target):
+    "Raises `OpenTransError` for maps of labels (B,H,W) that do not belong together."
+    if pred.shape == target.shape: return
+    raise OpenTransError(
+        f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape. Resize the logits first.")
+
 def _in_range(x, num_classes, what, ignore):
     if x.numel() and (x.min() < 0 or x.max() >= num_classes):
         outside = (x<0)|(x>=num_classes)
@@ -140,10 +146,7 @@ class SemanticIoU(Sums):
         none of that batch then."""
         pred = _int_map(pred, 'prediction')
         target = _int_map(target, 'truth')
-        if pred.shape != target.shape:
-            raise OpenTransError(
-                f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape. Resize the "
-                f"logits first.")
+        _check_same_shape(pred, target)
         new = torch.zeros_like(self.confusion)
         ignored = 0
         for p,t in zip(pred, target):
@@ -443,10 +446,11 @@ class MaskNames(Sums):
         pred:torch.Tensor, # Predicted labels (H,W) or (B,H,W)
         target:torch.Tensor, # True labels of the same shape
     ):
-        "Count a picture or a batch. Raises `OpenTransError` for labels out of range."
+        "Count a picture or a batch. Raises `OpenTransError` for labels out of range, and maps that differ in shape."
         from scipy.optimize import linear_sum_assignment as matched # slow to import
         pred = _int_map(pred, 'prediction')
         target = _int_map(target, 'truth')
+        _check_same_shape(pred, target)
         for p,t in zip(pred, target):
             one = SemanticIoU(self.num_classes, self.ignore).update(p, t)
             shared = one.confusion.double()
@@ -610,8 +614,11 @@ class DetectionAP:
             raise OpenTransError(
                 f"The {what} have {count} boxes of shape {boxes.shape}, and {lengths} numbers "
                 "beside them. Give four corners a box, and one number each.")
-        bad = [int(k) for k in labels if not 0 <= k < self.num_classes]
-        if bad: raise OpenTransError(f"The {what} have labels outside 0..{self.num_classes-1}: {bad[:6]}.")
+        # also of fractions and NaN
+        bad = [k for k in labels.tolist() if k not in range(self.num_classes)]
+        if bad:
+            listed = ', '.join(f'{k:g}' for k in bad[:6])
+            raise OpenTransError(f"The {what} have labels outside 0..{self.num_classes-1}: [{listed}].")
 
     def compute(self,
         groups:dict=None, # Name -> class indices; adds the mean AP of each group
