@@ -706,3 +706,62 @@ def test_segments_are_numbered_as_pixel_by_pixel(ids, seed):
     where, strange = _numbered(raw, ids)
     known = np.isin(raw, ids)
     assert (ids[where[known]] == raw[known]).all() and set(strange) == set(raw[~known])
+
+# data sets of one's own
+
+class Own(torch.utils.data.Dataset):
+    "What `Samples` asks for, and no more; with labels alone, if `keys` say so."
+    vocabulary = Vocabulary(['sky', 'road'])
+    ignore = 255
+    def __init__(self, *keys): self.keys = keys
+    def __len__(self): return 2
+    def __getitem__(self, i):
+        labels = torch.zeros(6, 9, dtype=torch.int64)
+        labels[3:] = 1
+        regions = torch.stack([labels == 0, labels == 1])
+        sample = dict(image=torch.full((3, 6, 9), i/2), labels=labels, regions=regions, id=f'a{i}', ignore=255,
+                      region_classes=torch.tensor([0, 1]), isthing=torch.tensor([False, True]))
+        return {k: sample[k] for k in self.keys or sample}
+
+LABELS = ('image', 'labels', 'id', 'ignore')
+
+def test_samples_may_have_labels_alone():
+    sample = Own(*LABELS)[0]
+    for s in (resize_short(sample, 4), augment(sample, 16, 1), augment(sample, 16, 1, regions=False)):
+        assert set(s) == set(LABELS)
+    assert augment(sample, 16, 1)['labels'].shape == (16, 16)
+    assert set(collate([sample, sample])) == {'images', 'labels', 'ids', 'ignore'}
+
+def test_own_data_is_written(tmp_path):
+    with pytest.raises(OpenTransError, match='which classes are things'): write_coco_panoptic(Own(), tmp_path)
+    with pytest.raises(OpenTransError, match='no regions'): write_coco_panoptic(Own(*LABELS), tmp_path, things=[])
+    write_coco_panoptic(Own(), tmp_path, things=[1])
+    data = open_dataset('coco_panoptic', tmp_path)
+    assert data.name == 'Own' and data.things == {1} and torch.equal(data[0]['labels'], Own()[0]['labels'])
+    assert len(data.check(0)) == 0
+
+def test_options_of_a_data_set_are_its_named_arguments(monkeypatch):
+    from opentrans.data import register_dataset
+    from opentrans.data.datasets import _DATASETS
+    monkeypatch.setattr('opentrans.data.datasets._DATASETS', dict(_DATASETS))
+    @register_dataset('more')
+    def more(root, split, size=3, **others): return size, others
+    @register_dataset('corrupt')
+    def corrupt(root, split, corrupt='?'): return corrupt
+    assert open_dataset('more', size=4) == (4, dict(corrupt='raise'))
+    assert open_dataset('corrupt', corrupt='skip') == 'skip'
+    with pytest.raises(OpenTransError, match='it takes: size'): open_dataset('more', others=3)
+
+@pytest.mark.parametrize('domain', ['home', 'night', 'crowd', 'sketch'])
+def test_scenes_may_be_tall_and_narrow(domain):
+    world = ShapesWorld('val', domain, n=4, size=(400, 16))
+    assert all(world[i]['labels'].shape == (400, 16) for i in range(4))
+
+def test_a_short_side_is_one_number():
+    for size in ((32, 32), 0, 2.): pytest.raises(OpenTransError, resize_short, WORLD[0], size)
+    with pytest.raises(OpenTransError): resize_short(WORLD[0], 32, (64, 64))
+
+def test_windows_have_a_side_above_zero():
+    from opentrans.data import class_colours, ImageBatches
+    for crop in (-5, 2.5): pytest.raises(OpenTransError, ImageBatches, WORLD, crop=crop)
+    assert class_colours(np.int64(3)).tolist() == class_colours(3).tolist()

@@ -231,3 +231,20 @@ def test_claims_have_a_column_of_photographs():
         'masks help'] == 'base +3.00 [+2.00, +4.00] holds; novel +0.50 [-0.50, +1.50] undecided'
     assert table.base['freezing helps'] == '' and 'does not hold' in table.photographs['freezing helps']
     assert 'photographs' not in claims_table(toy, photographs=real[:0]) and 'photographs' not in claims_table(toy)
+
+def test_views_and_own_data_at_one_size():
+    "A view of packed samples stays packed; what is transformed is resized as it is, and not put together."
+    from opentrans.data import Augmented, read_sample, ShapesWorld, View
+    world = ShapesWorld('val', n=3, size=32)
+    view,whole = Resized(View(world, [2, 0]), (8, 9)),Resized(world, (8, 9))
+    for key in ('image', 'labels', 'regions'): assert torch.equal(view[0][key], whole[2][key])
+    assert Together([View(world, [1]), world])[0]['id'] == world[1]['id']
+    crops = Resized(Augmented(world, 16), (8, 9))
+    assert crops[0]['labels'].shape == (8, 9) and crops[0]['image'].shape == (3, 8, 9)
+    assert not len(read_sample(crops, 0, False)['regions'])
+    with pytest.raises(OpenTransError, match='not packed'): Together([crops])[0]
+
+def test_borders_of_mosaics(tmp_path):
+    save(np.zeros((4, 5, 3)), tmp_path/'cat/1.png')
+    for bad in (dict(objects=3), dict(objects=(1.5, 3)), dict(side=.5), dict(cuts=())):
+        with pytest.raises(OpenTransError): PhotoMosaic(tmp_path, **bad)

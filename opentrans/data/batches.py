@@ -50,7 +50,7 @@ class ImageBatches:
         seed:int=0, # Which images, and which windows
         room_mb:int=1024, # Most memory for images that were read
     ):
-        for name,value in (('images', images), ('batch_size', batch_size)):
+        for name,value in (('images', images), ('batch_size', batch_size), ('crop', crop or 1)):
             check_number(name, value, 1, 10**9, whole=True)
         if not len(data): raise OpenTransError("The data set is empty: there is nothing to look at.")
         self.data = data

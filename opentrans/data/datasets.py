@@ -114,7 +114,9 @@ _Opener = TypeVar('_Opener', bound=Callable[..., Any])
 def register_dataset(
     name:str, # What `open_dataset` shall call it
     how:str='', # One sentence on how to get the data, shown when it is missing
-)->Callable[[_Opener], _Opener]: # A decorator for a function `(root, split, **options) -> data set`
+    # A decorator for a function `(root, split, size=..., **kwargs) -> data set`: its arguments by name are the options
+    # of `open_dataset`; `corrupt`, if it takes that or `**kwargs`, is given always
+)->Callable[[_Opener], _Opener]:
     "Make a data set known by name."
     def add(f):
         _DATASETS[name] = f
@@ -136,13 +138,14 @@ def open_dataset(
     "Open a data set by name. Raises `OpenTransError` for an unknown name, split or option, and for missing files."
     if not isinstance(name, str) or name not in _DATASETS: raise unknown('data set', name, list_datasets())
     opener = _DATASETS[name]
-    parameters = inspect.signature(opener).parameters
-    known = [p for p in parameters if p not in ('root', 'split', 'kwargs')]
+    parameters = inspect.signature(opener).parameters.values()
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in ('root', 'split')]
     for option in options:
         if option not in known:
             choices = ', '.join(known) or 'none'
             raise OpenTransError(f"The data set '{name}' has no option '{option}'; it takes: {choices}.")
-    if 'kwargs' in parameters: options['corrupt'] = corrupt
+    if takes_more or 'corrupt' in known: options['corrupt'] = corrupt
     return opener(root, split, **options)
 
 def _split(split, **names):
@@ -351,6 +354,8 @@ def _coco_panoptic(root, split='val', **kwargs):
 # %% ../../nbs/data/15_datasets.ipynb #d16f59ef
 def _segments(sample, ids):
     "A sample as panoptic map and COCO's segments."
+    if 'regions' not in sample:
+        raise OpenTransError(f"The sample '{sample['id']}' has no regions, of which a panoptic map is made.")
     regions = np.asarray(sample['regions'])
     labels = np.asarray(sample['labels'])
     ignore = sample.get('ignore', 255)
@@ -406,12 +411,14 @@ def write_coco_panoptic(
     split:str='val', # `'train'` or `'val'`
     things:Collection[int]|None=None, # Indices of the thing classes; None takes `data.things`
 )->Path: # The JSON file, written last
-    """Write a data set in COCO panoptic format. Raises `OpenTransError` if regions overlap or the folder cannot be
-    written."""
+    """Write a data set in COCO panoptic format. Raises `OpenTransError` if regions overlap, things are not known or the
+    folder cannot be written."""
     _split(split, train='', val='')
     root = Path(root)/'coco'
     vocabulary = data.vocabulary
-    things = data.things if things is None else things
+    if things is None: things = getattr(data, 'things', None)
+    if things is None:
+        raise OpenTransError("The data set does not say which classes are things. Give their indices: things=[...].")
     if vocabulary == VOCABULARIES['coco_panoptic']:
         known = _asset('vocab_coco_panoptic')
         ids = known['ids']
@@ -421,8 +428,9 @@ def write_coco_panoptic(
         names = vocabulary.entries
     images,annotations = _write_maps(data, root, split, ids)
     categories = [dict(id=k, name=name, isthing=int(c in things)) for c,(k,name) in enumerate(zip(ids, names))]
-    ours = dict(name=data.name, templates=vocabulary.templates, groups=data.groups)
-    info = dict(description=data.name, opentrans=ours)
+    name = getattr(data, 'name', type(data).__name__)
+    ours = dict(name=name, templates=vocabulary.templates, groups=getattr(data, 'groups', {}))
+    info = dict(description=name, opentrans=ours)
     text = json.dumps(dict(info=info, images=images, annotations=annotations, categories=categories))
     path = root/f'annotations/panoptic_{split}2017.json'
     save_text(text, path)

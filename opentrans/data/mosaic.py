@@ -113,9 +113,15 @@ class PhotoMosaic(Dataset):
             raise unknown('ground', ground, ['void', 'labelled', 'plain'])
         for cut in cuts:
             if cut not in CUTS: raise unknown('cut', cut, CUTS)
-        for what,(low,high),least,most in (('objects', objects, 1, 50), ('side', side, .01, 1)):
-            check_number(f'the smaller number of {what}', low, least, most)
-            check_number(f'the larger number of {what}', high, low, most)
+        if not cuts: raise unknown('cut', cuts, CUTS)
+        for what,given,least,most in (('objects', objects, 1, 50), ('side', side, .01, 1)):
+            try: low,high = given
+            except (TypeError, ValueError):
+                why = f"{what}={shorten(given, 40)}: give the smallest and the largest, from {least} to {most}."
+                raise OpenTransError(why) from None
+            is_count = what == 'objects'
+            check_number(f'the smaller number of {what}', low, least, most, whole=is_count)
+            check_number(f'the larger number of {what}', high, low, most, whole=is_count)
         self.source = Path(source)
         self.n = int(n)
         self.seed = int(seed)

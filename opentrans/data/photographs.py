@@ -162,13 +162,11 @@ class Resized(Dataset):
         self.data = data
         self.size = _sides(size)
         self._kept = {}
-        for fact in ('name', 'vocabulary', 'ignore', 'things', 'groups'):
-            value = getattr(data, fact)
-            setattr(self, fact, value)
-        if hasattr(data, 'files'): self.files = data.files
+        for fact in ('name', 'vocabulary', 'ignore', 'things', 'groups', 'files'):
+            if hasattr(data, fact): setattr(self, fact, getattr(data, fact))
 
     def packed(self, i:int):
-        "Sample i as readers hold it."
+        "Sample i as readers hold it; of a data set that has no such form, the sample."
         if not -len(self) <= i < len(self): raise IndexError(f'image {i} of {len(self)}')
         i = int(i) % len(self)
         if i not in self._kept:
@@ -176,7 +174,9 @@ class Resized(Dataset):
             self._kept[i] = _resize(whole, self.size, packed=True)
         return self._kept[i]
     def __len__(self): return len(self.data)
-    def __getitem__(self, i): return unpack(self.packed(i))
+    def __getitem__(self, i):
+        found = self.packed(i)
+        return unpack(found) if 'segments' in found else dict(found)
     def __repr__(self):
         height,width = self.size
         return f"{self.data!r}, at {width}x{height}"
@@ -185,7 +185,7 @@ class Resized(Dataset):
 class Together(Dataset):
     "Several data sets as one, with the names of all."
     def __init__(self,
-        parts:list, # Data sets of samples with `packed`; the first gives the prompts
+        parts:list, # Data sets of samples that readers hold packed, or views of them; the first gives the prompts
         name:str='together', # What it is called in reports
     ):
         if not parts: raise OpenTransError("There are no data sets to put together.")
@@ -202,19 +202,23 @@ class Together(Dataset):
         for part in parts:
             table = np.array([entries.index(entry) for entry in part.vocabulary.entries])
             self._tables.append(table)
-            things.update(int(table[i]) for i in part.things)
+            things.update(int(table[i]) for i in getattr(part, 'things', ()))
         self.things = frozenset(things)
         sizes = [len(part) for part in parts]
         self._ends = np.cumsum(sizes)
 
     def packed(self, i:int):
-        "Sample i as readers hold it, its classes among the names of all."
+        "Sample i as readers hold it, its classes among the names of all. Raises `OpenTransError` if they do not."
         if not -len(self) <= i < len(self): raise IndexError(f'image {i} of {len(self)}')
         i = int(i) % len(self)
         which = int(np.searchsorted(self._ends, i, side='right'))
         part = self.parts[which]
         first = self._ends[which]-len(part)
-        found = part.packed(i-first)
+        found = sample_packed(part, int(i-first))
+        if 'segments' not in found:
+            raise OpenTransError(
+                f"Sample {i} is of a data set that is not packed: {part!r}. Put data sets together first, and "
+                f"transform the whole.")
         own = found['classes']
         known = own != found['ignore']
         table = self._tables[which]
@@ -259,7 +263,7 @@ def sample_photographs(
     strange = [name for name in names or () if name not in PHOTOGRAPHS]
     if strange: raise unknown('photograph', strange[0], PHOTOGRAPHS)
     pictures = {}
-    for name in names or PHOTOGRAPHS:
+    for name in PHOTOGRAPHS if names is None else names:
         package,module,file,words = PHOTOGRAPHS[name]
         path = package_path(module, file, package)
         pictures[name] = (read_picture(path), words)

@@ -445,7 +445,7 @@ class Segmentation(_ImageLabels):
         rows = [dict(id=k, problem=v) for k,v in self.skipped.items()]
         seen = Counter()
         empty = []
-        images = min(n or len(self), len(self))
+        images = len(self) if n is None else min(n, len(self))
         chosen = np.linspace(0, len(self)-1, images).astype(int)
         for i in np.unique(chosen):
             try: row,labels = _summary(self[int(i)])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 from .vocabulary import _is_whole, Vocabulary
-from ..errors import OpenTransError, shorten, unknown
+from ..errors import check_number, OpenTransError, shorten, unknown
 from ..escape import for_plot
 from ..runtime import get_axes, write_names
 
@@ -123,6 +123,7 @@ def sample_packed(
     i:int, # Which one
 )->dict: # The packed form if the data set has one, which is faster to cut and resize; else the sample
     "Sample i, for `augment` and `resize_short`, which take both forms."
+    if _is_plain_view(data): return sample_packed(data.data, data.indices[i])
     return data.packed(i) if hasattr(data, 'packed') else data[i]
 
 def _pad(x, size, value):
@@ -135,7 +136,8 @@ def _pad(x, size, value):
 
 def collate(
     samples:list, # Samples of one data set
-)->dict: # images (B,3,H,W), labels (B,H,W); regions, region_classes, isthing, ids: lists; ignore: int
+    # images (B,3,H,W), labels (B,H,W); lists: ids, and regions, region_classes, isthing if samples have them; ignore
+)->dict:
     "Make a batch, for a `DataLoader`'s `collate_fn`."
     if not samples: raise OpenTransError("There is nothing to make a batch of: no samples were given.")
     ignore = samples[0].get('ignore', 255)
@@ -143,7 +145,7 @@ def collate(
     size = [max(lengths) for lengths in zip(*sides)]
     batch = dict(images=torch.stack([_pad(s['image'], size, 0.) for s in samples]))
     batch['labels'] = torch.stack([_pad(s['labels'], size, ignore) for s in samples])
-    batch['regions'] = [_pad(s['regions'], size, False) for s in samples]
+    if 'regions' in samples[0]: batch['regions'] = [_pad(s['regions'], size, False) for s in samples]
     batch['ids'] = [s['id'] for s in samples]
     batch['ignore'] = ignore
     for key in ('region_classes', 'isthing', 'panoptic'):
@@ -227,7 +229,7 @@ def class_colours(
     classes:int|Sequence[str], # Number of classes, or their names: grass is green then, water blue, a red star red
 )->np.ndarray: # (k,3) in [0,1]
     "A colour for each class. By number, class i has the same colour whatever their number is."
-    if not isinstance(classes, int): return _named_colours(list(classes))
+    if not _is_whole(classes): return _named_colours(list(classes))
     colours = []
     for i in range(classes):
         hue = (i*.618034+.55)%1
@@ -375,12 +377,14 @@ def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packe
     if image.dtype == torch.uint8: image = image.float().div_(255)
     if not regions: sample = _without_regions(sample)
     labels = _take(sample['labels'], rows, cols)
-    masks = _take(sample['regions'], rows, cols)
-    s = dict(sample, image=image, labels=labels, regions=masks)
+    s = dict(sample, image=image, labels=labels)
+    if 'regions' not in s: return s
+    masks = s['regions'] = _take(sample['regions'], rows, cols)
     seen = masks.numpy().reshape(len(masks), labels.numel()).any(1)
     if not seen.all():
         kept = torch.from_numpy(seen)
-        for key in _OF_REGIONS: s[key] = s[key][kept]
+        for key in _OF_REGIONS:
+            if key in s: s[key] = s[key][kept]
     return s
 
 def _without_regions(sample):
@@ -418,8 +422,8 @@ def resize_short(
     max_size:int=None, # The long side may not be longer; None for no limit
 )->dict: # The sample at its new size
     "Resize a sample to a short side, keeping its shape. Raises `OpenTransError` for a length that cannot be."
-    _sides(size, 'size')
-    if max_size is not None: _sides(max_size, 'max_size')
+    check_number('size', size, 1, 2**15, whole=True)
+    if max_size is not None: check_number('max_size', max_size, 1, 2**15, whole=True)
     h,w = _full_size(sample)
     factor = size/min(h, w)
     if max_size is not None: factor = min(factor, max_size/max(h, w))
@@ -449,7 +453,7 @@ def augment(
     s = _resize(sample, resized, window, mirrored, regions, crop, packed)
     if 'segments' in s: return _pad_segments(s, crop)
     s['labels'] = _pad(s['labels'], crop, s.get('ignore', 255))
-    s['regions'] = _pad(s['regions'], crop, False)
+    if 'regions' in s: s['regions'] = _pad(s['regions'], crop, False)
     return s
 
 def _pad_segments(packed, size):
@@ -559,13 +563,11 @@ def read_sample(
     "Sample i as the data set gives it, or without the masks, where only labels or segments are compared."
     if regions is True: return data[i]
     if _is_plain_view(data): return read_sample(data.data, data.indices[i], regions)
-    if _packs(type(data)):
-        packed = data.packed(i)
-        sample = unpack(packed, regions=False)
-        if regions == 'map': sample['panoptic'] = panoptic_of(packed)
-        return sample
-    sample = data[i]
-    return sample if regions == 'map' else _without_regions(sample)
+    found = data.packed(i) if _packs(type(data)) else data[i]
+    if 'segments' not in found: return found if regions == 'map' else _without_regions(found)
+    sample = unpack(found, regions=False)
+    if regions == 'map': sample['panoptic'] = panoptic_of(found)
+    return sample
 
 class Augmented(View):
     "A data set as training sees it: crop i comes from `[seed, epoch, i]`."

@@ -333,7 +333,7 @@ def _add_thing(rng, img, look, triples):
     "Paint one of some things at a random place: its mask, or None if none of it is seen, and which it is."
     H,W = img.shape[:2]
     r = H*rng.uniform(*look['r'])
-    least = .3*r # its centre is no nearer to an edge
+    least = min(.3*r, W/2) # its centre is no nearer to an edge
     cx = rng.uniform(least, W-least)
     cy = rng.uniform(least, H-least)
     k = triples[rng.integers(len(triples))]
