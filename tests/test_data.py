@@ -765,3 +765,9 @@ def test_windows_have_a_side_above_zero():
     from opentrans.data import class_colours, ImageBatches
     for crop in (-5, 2.5): pytest.raises(OpenTransError, ImageBatches, WORLD, crop=crop)
     assert class_colours(np.int64(3)).tolist() == class_colours(3).tolist()
+
+def test_views_count_from_the_end():
+    crops = Augmented(WORLD, 16)
+    same(crops[-1], crops[len(crops)-1])
+    assert View(WORLD, [0, 0], transform=lambda s,i: i)[-1] == 1
+    for view in (crops, View(WORLD)): pytest.raises(IndexError, lambda: view[len(view)])

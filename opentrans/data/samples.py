@@ -530,8 +530,8 @@ class View(Dataset):
             raise OpenTransError(f"The data set has {count} samples, and no number {_listed_values(strange)}.")
     def __len__(self): return len(self.indices)
     def __getitem__(self, i):
-        at = self.indices[i]
-        s = self.data[at]
+        i = range(len(self))[i] # one from the end has its number from the beginning
+        s = self.data[self.indices[i]]
         return s if self.transform is None else self.transform(s, i)
     def __getattr__(self, name):
         if name.startswith('__') or name in ('data', 'packed', 'reads_smaller'): raise AttributeError(name)
@@ -590,6 +590,6 @@ class Augmented(View):
         self.regions = regions
         self.epoch = 0
     def __getitem__(self, i):
-        at = self.indices[i]
+        i = range(len(self))[i]
         seed = [self.seed, self.epoch, i]
-        return read_augmented(self.data, at, self.size, seed, self.scale, self.flip, self.regions)
+        return read_augmented(self.data, self.indices[i], self.size, seed, self.scale, self.flip, self.regions)
