@@ -234,8 +234,8 @@ def test_a_staged_backbone_of_one_size():
     assert contract.smallest_side(backbone) == 64
 
 def test_closed_models_check_their_options_and_names():
-    wrong = {"Did you mean 'queries'": dict(querys=3), 'queries of faseg-closed': dict(queries=-3), 'ratio': dict(ratio=0)}
-    for said,option in wrong.items():
+    wrong = {"Did you mean 'queries'": dict(querys=3), 'queries of faseg-closed': dict(queries=-3)}
+    for said,option in dict(wrong, ratio=dict(ratio=0)).items():
         with pytest.raises(OpenTransError, match=said): build_closed(Stages(), NAMES, 'small', **option)
     names = ['sofa,couch', 'grass']
     image = torch.rand(1, 3, 64, 64)
