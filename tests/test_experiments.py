@@ -280,7 +280,7 @@ def test_weights_of_a_run_are_checked_before_they_are_put(tmp_path):
                          [dict(size=0), dict(size=10**9), dict(train=2.5), dict(density=0), dict(density=math.nan),
                           dict(p=1), dict(lr=-1), dict(lr=math.inf), dict(queries='fcclip'), dict(sets=[1]),
                           dict(paper='yes'), dict(backbone=3), dict(output_stride=7), dict(batch_size=True),
-                          dict(zero_shot='400')], ids=str)
+                          dict(zero_shot='400'), dict(zero_shot=0)], ids=str)
 def test_sizes_of_a_study_have_ranges(bad):
     with pytest.raises(OpenTransError): dataclasses.replace(ex.SCALES['smoke'], **bad)
 
@@ -320,6 +320,10 @@ def test_a_clip_that_is_not_finite_gets_no_accuracy():
     clip = ex.open_clip_of(ex.SCALES['smoke'])
     with torch.no_grad(): clip.visual.conv1.weight[0] = math.nan
     with pytest.raises(OpenTransError, match='not finite'): ex.zero_shot(clip, 4)
+
+def test_no_pictures_give_no_accuracy():
+    clip = ex.open_clip_of(ex.SCALES['smoke'])
+    with pytest.raises(OpenTransError, match='n=0'): ex.zero_shot(clip, 0)
 
 # where alpha is read, and where a table is made
 

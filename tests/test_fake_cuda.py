@@ -13,13 +13,17 @@ from opentrans.clip import shipped_clips
 from opentrans.core import layers
 from opentrans.data import SemanticIoU, PanopticQuality, ShapesWorld
 from opentrans.distill import DistillTrainer, LOSSES
+from opentrans.errors import OpenTransError
 from opentrans.frameworks import contract, get_framework, list_frameworks
+from opentrans.frameworks.catseg import class_loss
 from opentrans.frameworks.checks import _Case
+from opentrans.frameworks.instances import instances
 from opentrans.heavy_tail import analyze, esd
 from opentrans.pruning import CRITERIA, imp, SparseMask
 from opentrans.runtime import seeded, to_device
 from opentrans.towers import TOWERS
 from opentrans.training import evaluate
+from opentrans.vit.anchors import as_anchor
 from fake_cuda import pretended_cuda, values_of
 
 BACKWARD = 'gradients: the engine of autograd asks the driver for a context of the device'
@@ -132,6 +136,22 @@ def test_frameworks(cuda, name, precision):
         assert answer.device.type == 'cuda'
         if precision == 'no':
             assert (values_of(answer) == here.predict(images, NAMES[::-1], kind=kind)).float().mean() > .99
+
+def test_things_of_images_as_a_reader_gives_them(cuda):
+    case = case_of('mask2former')
+    images = case.batch()['images']
+    found = instances(case.build().to('cuda'), images)
+    assert len(found) == len(images) and found[0].masks.device.type == 'cuda'
+
+def test_labels_of_no_class_are_told_before_the_device_gives_up(cuda):
+    logits = torch.randn(1, 3, 4, 4).to('cuda')
+    labels = torch.full((1, 4, 4), 7).to('cuda')
+    for loss in (contract.pixel_loss, class_loss):
+        with pytest.raises(OpenTransError, match='Labels .7. are'): loss(logits, labels)
+
+def test_a_new_head_is_where_its_tower_is(cuda):
+    anchor = as_anchor(ClipBackbone.create('shapes-vit', pretrained=None).to('cuda'), classes=3)
+    assert {p.device.type for p in anchor.parameters()} == {'cuda'}
 
 @pytest.mark.parametrize('name', FIRST_FRAMEWORK)
 def test_evaluation(cuda, name):

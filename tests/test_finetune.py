@@ -642,6 +642,20 @@ def test_names_are_drawn_as_they_are_called():
     axis.figure.canvas.draw()
     assert len(axis.get_legend_handles_labels()[1]) == 3
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    "Folders of one name by their paths; results that are no file stay numbers."
+    result = dict(miou=.5)
+    folders = [tmp_path/parent/'run' for parent in 'ab']
+    for folder in folders: save_json(result, folder/'result.json')
+    table = compare_runs([result, result, *folders])
+    assert list(table.index) == ['run 0', 'run 1', *map(str, folders)]
+
+def test_scales_may_be_a_tensor():
+    world = ShapesWorld('val', n=2, size=32)
+    seg = new(world)
+    listed = evaluate(seg, world, scales=(.5, 1.))
+    assert evaluate(seg, world, scales=torch.tensor([.5, 1.]))['iou'] == pytest.approx(listed['iou'], nan_ok=True)
+
 class ManySizes(ShapesWorld):
     "Scenes of three sizes, as a photographer's folder holds them."
     def packed(self, i):

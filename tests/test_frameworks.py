@@ -1,17 +1,25 @@
 "Frameworks as the rest of the package meets them: found when asked for, of the paper's size, and carrying a mask."
+import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from opentrans.clip import ClipBackbone
 from opentrans.errors import OpenTransError
 from opentrans.core import layers
-from opentrans.data import ShapesWorld
+from opentrans.data import ShapesWorld, Vocabulary
 from opentrans.training import evaluate, finetune, multi_scale_logits, multi_scale_scores, Recipe
 from opentrans.frameworks import build, check_framework, contract, get_framework, list_frameworks, queries
+from opentrans.frameworks.catseg import class_loss
+from opentrans.frameworks.closed import build_closed
 from opentrans.frameworks.contract import best_class, tiny_backbone
+from opentrans.frameworks.faseg import StagedBackbone
+from opentrans.frameworks.instances import instances
+from opentrans.frameworks.training_free import attention_weights
 from opentrans.pruning import SparseMask
 from forked import python
 
@@ -157,3 +165,92 @@ def test_a_subclass_with_its_own_forward_is_asked():
     text = seg.text(['sand', 'brick', 'water'])
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): assert torch.equal(seg.semantic(images, text), seg(images, text).argmax(1))
+
+NAMES = ['red star', 'blue disc', 'grass']
+
+def small(name, **options): return build(name, tiny_backbone(), vocabulary=NAMES, preset='small', seed=0, **options)
+
+@pytest.mark.parametrize('name', ['deeplabv3', 'sed', 'fcclip', 'training_free'])
+def test_names_may_come_from_a_table(name):
+    framework = small(name)
+    image = torch.rand(1, 3, 32, 48)
+    alike = [framework.predict(image, names) for names in (NAMES, pd.Index(NAMES), np.array(NAMES))]
+    assert torch.equal(alike[0], alike[1]) and torch.equal(alike[0], alike[2])
+
+def test_images_of_numpy_have_64_bits():
+    framework = small('deeplabv3')
+    image = torch.from_numpy(np.random.default_rng(0).random((1, 3, 32, 48)))
+    assert torch.equal(framework.predict(image), framework.predict(image.float()))
+
+def test_a_batch_without_images_is_refused_in_a_sentence():
+    for name in ('deeplabv3', 'mask2former', 'sed'):
+        with pytest.raises(OpenTransError, match='no image'): small(name).predict(torch.zeros(0, 3, 64, 64))
+
+def test_labels_of_few_bits_are_read():
+    logits = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(16).view(1, 4, 4) % 3
+    labels[0, 0, 0] = 255
+    for loss in (contract.pixel_loss, class_loss):
+        assert loss(logits, labels.byte()) == loss(logits, labels.int()) == loss(logits, labels)
+        with pytest.raises(OpenTransError, match='Labels .7. are'): loss(logits, labels.new_full((1, 4, 4), 7))
+
+def test_segments_of_small_images_at_another_size():
+    "What is added to small images is cut off before masks are resized."
+    framework = small('faseg', kd=1.)
+    framework.score = framework.overlap = 0.
+    image = torch.rand(1, 3, 20, 60, generator=torch.Generator().manual_seed(0))
+    assert framework.least_side > 20
+    own = framework.predict(image, kind='panoptic')
+    assert torch.equal(own, framework.predict(image, kind='panoptic', size=(20, 60)))
+    assert framework.predict(image, kind='panoptic', size=(40, 50)).shape == (1, 40, 50, 2)
+    assert len(instances(framework, image)[0].masks[0]) == 20
+
+def test_a_loss_stride_longer_than_a_side():
+    framework = small('deeplabv3', loss_stride=100)
+    batch = dict(images=torch.rand(2, 3, 48, 64), labels=torch.zeros(2, 48, 64, dtype=torch.long))
+    for _ in range(4): assert framework.loss(batch)['ce'].isfinite()
+
+class Stages(nn.Module):
+    "An encoder of four stages; some take images of one size alone."
+    def __init__(self, side=None):
+        super().__init__()
+        self.side = side
+        widths = (3, 8, 16, 32, 32)
+        strides = (4, 2, 2, 2)
+        self.stages = nn.ModuleList(map(nn.Conv2d, widths, widths[1:], strides, strides))
+
+    def forward(self, x):
+        if self.side: assert x.shape[-1] == self.side
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+def test_a_staged_backbone_of_one_size():
+    clip = tiny_backbone()
+    backbone = StagedBackbone(Stages(128), clip, size=128)
+    assert backbone.fresh_copy().strides == backbone.strides
+    assert contract.smallest_side(backbone) == 64
+
+def test_closed_models_check_their_options_and_names():
+    wrong = {"Did you mean 'queries'": dict(querys=3), 'queries of faseg-closed': dict(queries=-3)}
+    for said,option in dict(wrong, ratio=dict(ratio=0)).items():
+        with pytest.raises(OpenTransError, match=said): build_closed(Stages(), NAMES, 'small', **option)
+    names = ['sofa,couch', 'grass']
+    image = torch.rand(1, 3, 64, 64)
+    for built,asked in ((names, Vocabulary(names)), (Vocabulary(names), names), (names, names)):
+        assert build_closed(Stages(), built, 'small').predict(image, asked).shape == (1, 64, 64)
+    model = build_closed(Stages().to('meta'), names, 'small')
+    assert {p.device.type for p in model.parameters()} == {'meta'}
+
+def test_attention_of_the_last_block_says_what_it_needs():
+    queries = torch.rand(1, 2, 5, 4)
+    with pytest.raises(OpenTransError, match='gaussian_neighbours'): attention_weights('naclip', queries, queries)
+    with pytest.raises(OpenTransError, match='one of: clip, sclip'): attention_weights('maskclip', queries, queries)
+
+def test_small_windows_leave_no_gap():
+    clip = ClipBackbone.create('shapes-vit', pretrained=None, seed=1)
+    framework = build('catseg', clip, vocabulary=NAMES, preset='small', seed=0).eval()
+    scores = framework.window_scores(torch.rand(1, 3, 40, 50), framework.text(), side=64, window=24)
+    assert scores.part(0, 3).isfinite().all()

@@ -1,5 +1,5 @@
 "The page of the paper's settings says what the code does; a plan of a run says what the run then needs."
-import dataclasses, inspect, json
+import dataclasses, inspect, json, re
 from pathlib import Path
 import pytest
 import torch
@@ -9,7 +9,7 @@ from opentrans.cost import peak_memory
 from opentrans.data import ShapesWorld
 from opentrans.distill import DistillTrainer # noqa: F401
 from opentrans.errors import OpenTransError
-from opentrans.training import Recipe, RunPlan, WARMUP, finetune, plan_run, released_size # noqa: F401
+from opentrans.training import Recipe, RunPlan, WARMUP, device_room, finetune, plan_run, released_size # noqa: F401
 from opentrans.frameworks import build, get_framework # noqa: F401
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.heavy_tail import LayerTable, analyze # noqa: F401
@@ -89,3 +89,21 @@ def test_a_plan_of_nothing_is_refused(kw):
     with pytest.raises(OpenTransError):
         plan_run(build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small'), world,
                  Recipe.tiny(), **kw)
+
+def test_a_recipe_by_a_name_is_that_of_the_framework():
+    for framework in ('fcclip', 'faseg', 'deeplabv3'):
+        told = dict(preset='warmup', framework=framework)
+        assert Recipe.of(told) == Recipe.of(dict(preset='warmup'), framework) == Recipe.warmup(framework)
+
+def test_room_of_the_machine_counts_what_files_fill():
+    "Memory that holds copies of files is free for programs."
+    told = Path('/proc/meminfo')
+    if not told.exists(): pytest.skip('no Linux')
+    sizes = dict(re.findall(r'(\w+):\s+(\d+) kB', told.read_text()))
+    available = 1024*int(sizes['MemAvailable'])
+    assert abs(device_room('cpu')-available) < .2*available
+
+def test_a_plan_of_no_iterations():
+    world = ShapesWorld(n=4, size=32)
+    seg = build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small')
+    assert plan_run(seg, world, Recipe.tiny().replace(iterations=0, batch_size=2)).hours == 0

@@ -6,15 +6,21 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from mutations import check_reader
 from torch import nn
+from opentrans.clip import ClipBackbone
 from opentrans.errors import OpenTransError
 from opentrans.heavy_tail import analyze
 from opentrans.pruning import SparseMask
 from opentrans.runtime import seeded
 from opentrans.vit.anchors import as_anchor
 from opentrans.vit.heads import find_heads
+from opentrans.vit.hybrids import convert_to_spvit, SPViTCost
+from opentrans.vit.peft import add_sparse
 from opentrans.vit.peft_files import from_huggingface, huggingface_gaps, load_added, save_added, to_huggingface
+from opentrans.vit.products import spt_on
+from opentrans.vit.search import train_spvit
 from opentrans.vit.sensitivity import candidates, param_sensitivity, Sensitivity
 from opentrans.vit.spt import (Allocation, allocate, apply_spt, merge_spt, spt_published, sweep_allocations,
                                two_stage)
@@ -493,3 +499,72 @@ def test_two_halves_of_a_batch_are_the_batch():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     halves.step(x[:2], y[:2])
     with pytest.raises(OpenTransError, match='1 of 2 batches wait'): halves.save('nowhere.safetensors')
+
+def toy_vit(**sizes):
+    "A ViT of two blocks for pictures of 32 pixels."
+    usual = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+    with seeded(0): return timm.models.VisionTransformer(**{**usual, **sizes})
+
+def four_pictures(): return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+def timm_resnet18(): return timm.create_model('resnet18')
+
+def clip_vit(): return ClipBackbone.create('shapes-vit', pretrained=None)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('make', [timm_resnet18, torchvision.models.resnet18, clip_vit])
+def test_a_new_head_is_like_its_tower(make, dtype):
+    anchor = as_anchor(make().to(dtype), classes=3)
+    assert anchor(torch.randn(2, 3, 64, 64, dtype=dtype)).shape == (2, 3)
+
+def toy_family(): return StitchableNet([toy_vit(), toy_vit(embed_dim=32)])
+
+def test_the_rank_of_stitching_layers_may_be_a_number():
+    full = pst_report(apply_pst(toy_family(), 2, stitch_rank=None))['stitching']
+    assert pst_report(apply_pst(toy_family(), 2, stitch_rank=0))['stitching'] == full
+    assert pst_report(apply_pst(toy_family(), 2, stitch_rank=2))['stitching'] < full
+
+def test_stitches_begin_by_what_anchors_say_at_rest():
+    "Norms of the batch see nothing of it, and dropout leaves nothing out."
+    def net(width):
+        widths = [width*2**i for i in range(4)]
+        with seeded(0): return timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), channels=widths)
+    models = [net(8), net(16)]
+    before = copy.deepcopy(models[0].state_dict())
+    stitchable = StitchableNet(models).train()
+    stitchable.init_stitches(four_pictures())
+    assert all(module.training for module in stitchable.modules())
+    assert all(torch.equal(before[name], tensor) for name,tensor in models[0].state_dict().items())
+
+def test_a_budget_that_is_missed_is_told_either_way():
+    sens = param_sensitivity(toy_vit(), [(four_pictures(), torch.tensor([0, 1, 2, 0]))])
+    for exact in (True, False):
+        with pytest.warns(UserWarning, match='budget is not met'): allocate(sens, 10**8, exact=exact)
+
+def test_a_loader_without_a_length_to_test_with():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return zip(four_pictures(), torch.tensor([0, 1, 2, 0]))
+    train = [(four_pictures(), torch.tensor([0, 1, 2, 0]))]
+    found = spt_on(toy_vit(), train, torch.utils.data.DataLoader(Stream(), 2), budget=200, r=1, samples=4, epochs=1)
+    assert 0 <= found['accuracy'] <= 1
+
+@pytest.mark.parametrize('size', [32, (32,), (40, 48)], ids=str)
+def test_a_cost_of_other_pictures_is_refused(size):
+    said = 'give .height, width.|takes no pictures of 40x48'
+    with pytest.raises(OpenTransError, match=said): SPViTCost(toy_vit(), size=size)
+
+def test_gates_may_learn_alone(tmp_path):
+    gated = convert_to_spvit(toy_vit())
+    for name,param in gated.named_parameters(): param.requires_grad_(name.endswith('gate'))
+    weight = gated.blocks[0].mlp.fc1.weight
+    before = weight.clone()
+    cost = SPViTCost(gated, target=1e-6, size=(32, 32))
+    batch = [(four_pictures(), torch.tensor([0, 1, 2, 0]))]
+    how = dict(cost=cost, gate_lr=.1, checkpoint=tmp_path/'run.safetensors')
+    assert len(train_spvit(gated, batch, 2, **how)) == len(train_spvit(gated, batch, 2, **how)) == 2
+    assert torch.equal(weight, before)
+
+def test_a_mask_is_of_one_tensor():
+    mask = torch.ones(64, 16, dtype=torch.bool)
+    masks = {'blocks.*.mlp.fc1.weight': mask}
+    with pytest.raises(OpenTransError, match='names 2 tensors'): add_sparse(toy_vit(), masks)

@@ -278,8 +278,9 @@ class _ClipTower(_ClipAbout):
         self.strides: dict[str, int] = dict(strides)
 
     def prepare(self, images:torch.Tensor)->torch.Tensor:
-        "Check images and take off CLIP's mean and deviation."
+        "Check images and take off CLIP's mean and deviation, in the tower's precision: what NumPy made may be finer."
         _check_prepared(images)
+        images = images.to(self.mean.dtype)
         return (images-self.mean)/self.std if self.origin.normalize else images
 
     def _embed(self, x, regions=None):

@@ -32,7 +32,7 @@ from ..training import Recipe
 # %% ../../nbs/experiments/50_scale.ipynb #1f1e325a
 _SIZES = dict( # smallest and largest value of each number of a scale
     width=(1, 2**14), loss_stride=(1, 64), size=(16, 2**13), train=(1, 10**8), val=(0, 10**8),
-    domain=(0, 10**8), zero_shot=(0, 10**6), mosaics=(0, 10**6), imp_crop=(0, 2**14),
+    domain=(0, 10**8), zero_shot=(1, 10**6), mosaics=(0, 10**6), imp_crop=(0, 2**14),
     imp_iters=(1, 10**9), warmup=(0, 10**9), iterations=(0, 10**9), query_iterations=(0, 10**9),
     checkpoint=(0, 10**9), loaders=(0, 256), processes=(1, 1024), accumulate=(1, 2**16),
     imp_batch=(1, 2**16), batch_size=(1, 2**16), query_batch=(1, 2**16), density=(0, 1), p=(0, 1), freeze=(0, 1),
@@ -451,7 +451,8 @@ def zero_shot(
     n:int=400, # Pictures of base things, and as many of novel ones
     seed:int=0, # Of the pictures
 )->dict: # `'base'`, `'novel'`: accuracy among all names; `'chance'`; `'n'`
-    "Zero-shot accuracy on pictures of single things."
+    "Zero-shot accuracy on pictures of single things. Raises `OpenTransError` for no pictures."
+    check_number('n', n, 1, whole=True)
     rng = np.random.default_rng([seed, 77])
     found = dict(chance=1/len(TRIPLES), n=n)
     text = clip.encode_text([triple_name(*triple) for triple in TRIPLES])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..core import layers as named_layers, LayerSelection
 from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError
-from .contract import Framework, register_framework, resize, Scores
+from .contract import _counted, Framework, register_framework, resize, Scores
 from .published import put_weights, weights_of
 from .training_free import first_tokens, window_places
 
@@ -617,7 +617,8 @@ class CATSeg(Framework):
 
     def window_scores(self, images:torch.Tensor, text:torch.Tensor, side:int=640, window:int=384):
         "The released evaluation: a square of 640 pixels through windows, beside the whole."
-        places = window_places(side, side, window, side-window)
+        stride = min(window, side-window) # of small windows, one begins where another ends
+        places = window_places(side, side, window, stride)
         square = resize(images, (side, side))
         looks = []
         for top,left,high,wide in places:
@@ -650,16 +651,9 @@ def class_loss(
     ignore:int=255, # Label of pixels that are of no class
 )->torch.Tensor: # The mean over pixels and classes
     "Is this pixel of this class? Raises `OpenTransError` for a label that is neither a class nor `ignore`."
-    known = labels != ignore
     classes = logits.shape[1]
-    outside = (labels < 0) | (labels >= classes)
-    bad = labels[known & outside]
-    bad = bad.unique().tolist()
-    if bad:
-        raise OpenTransError(
-            f"Labels {bad[:6]} are neither one of the {classes} classes nor ignore={ignore}."
-            " Do data and framework have the same vocabulary?")
-    named = labels.where(known, 0)
+    known = _counted(labels, classes, ignore)
+    named = labels.long().where(known, 0)
     target = F.one_hot(named, classes)
     counted = known[:, None]
     target = target.permute(0, 3, 1, 2)*counted

@@ -12,26 +12,33 @@ from torch import nn
 from fastcore.meta import delegates
 from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError, unknown
-from ..runtime import seeded
+from .contract import _check_options
+from ..runtime import device_of, seeded
 from .faseg import FASeg, StagedBackbone
 from .queries import HeadSizes
 
 # %% ../../nbs/frameworks/35d_closed.ipynb #4225154f
+def _first_words(vocabulary):
+    "Names without their synonyms, of a `Vocabulary` or of a list."
+    given = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
+    return list(given.names)
+
 class ClosedNames:
     "In the place of a CLIP's text encoder: a number for each of some names, and no others."
     embed_dim, logit_scale = 1, None
     def __init__(self,
         vocabulary:Vocabulary|Sequence[str], # The names
-    ): self.names = list(vocabulary)
+    ): self.names = _first_words(vocabulary)
 
     def encode_text(self, vocabulary:Vocabulary|Sequence[str],
                     templates:str|Sequence[str]|None=None)->torch.Tensor: # (K,1)
         "Ones. Raises `OpenTransError` for other names, or another order."
-        if list(vocabulary) != self.names:
+        if _first_words(vocabulary) != self.names:
             raise OpenTransError(f"This model knows the {len(self.names)} classes it was built for, in their order, "
                                  f"and no others. For any names take build('faseg', ...), on a CLIP.")
         return torch.ones(len(self.names), 1)
 
+# %% ../../nbs/frameworks/35d_closed.ipynb #fb26dcb9
 # What differs from FASeg's recipe (ADE20K, ResNet-50 and Swin-T) for other encoders and data (thesis, Sec. 5.4)
 CLOSED_RECIPES = {'ade20k_150, Swin-B or Swin-L': dict(crop=640), 'cityscapes_19': dict(iterations=90_000)}
 
@@ -74,13 +81,18 @@ class ClosedFASeg(FASeg):
         return embeddings
 
 # %% ../../nbs/frameworks/35d_closed.ipynb #1912c9c0
+#| export
+
+# %% ../../nbs/frameworks/35d_closed.ipynb #cd12636c
 def build_closed(
     encoder:nn.Module, # Normalised images -> four maps of the strides 4, 8, 16 and 32
     names:Vocabulary|Sequence[str], # Class names; they are fixed for good
     preset:str='paper', # `'paper'`; `'published'`, whose first block is the code's; `'small'`
     seed:int=None, # Of the new weights
     **options, # Of `FASeg`
-)->ClosedFASeg:
-    "The thesis's model on an encoder. Raises `OpenTransError`."
+)->ClosedFASeg: # On the encoder's device
+    "The thesis's model on an encoder. Raises `OpenTransError` for an unknown preset or option."
     if preset not in ClosedFASeg.presets: raise unknown('preset', preset, ClosedFASeg.presets)
-    with seeded(seed): return ClosedFASeg(encoder, names, **ClosedFASeg.presets[preset] | options)
+    _check_options(ClosedFASeg, ClosedFASeg.name, options)
+    with seeded(seed): model = ClosedFASeg(encoder, names, **ClosedFASeg.presets[preset] | options)
+    return model.to(device_of(encoder))

@@ -51,15 +51,20 @@ def pixel_loss(
     ignore:int=255, # Label that counts nowhere
 )->torch.Tensor: # Mean over the pixels that count; 0 if there are none
     "Cross-entropy over pixels. Raises `OpenTransError` for a label that is neither a class nor `ignore`."
-    counts = labels != ignore
-    classes = logits.shape[1]
-    try: total = F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction='sum')
-    except IndexError as error:
-        outside = (labels < 0) | (labels >= classes)
-        wrong = labels[counts & outside].unique().tolist()
-        raise OpenTransError(f"Labels {wrong[:6]} are neither one of the {classes} classes nor ignore={ignore}. "
-                             "Do data and framework have the same vocabulary?") from error
+    counts = _counted(labels, logits.shape[1], ignore)
+    total = F.cross_entropy(logits.float(), labels.long(), ignore_index=ignore, reduction='sum')
     return total/counts.sum().clamp(min=1)
+
+def _counted(labels, classes, ignore):
+    """Which labels are not `ignore`. Raises `OpenTransError` for one that is no class, either; on a GPU, torch would
+    give up the whole process."""
+    counts = labels != ignore
+    outside = (labels < 0) | (labels >= classes)
+    wrong = labels[counts & outside].unique().tolist()
+    if wrong:
+        raise OpenTransError(f"Labels {wrong[:6]} are neither one of the {classes} classes nor ignore={ignore}. "
+                             "Do data and framework have the same vocabulary?")
+    return counts
 
 # %% ../../nbs/frameworks/30_contract.ipynb #1029110d
 _SIDE = 64 # Pixels; images with no shorter side fit every tower
@@ -77,7 +82,7 @@ def smallest_side(
     def fits(side):
         image = torch.zeros(1, 3, side, side, device=device_of(fresh))
         try: maps = fresh(image)
-        except RuntimeError: return False
+        except Exception: return False # each encoder refuses a size in its own way
         return all(m.numel() for m in maps.values())
     return 1 + bisect.bisect_left(range(1, _SIDE), True, key=fits)
 
@@ -109,6 +114,7 @@ class _AnySize(nn.Module):
         height,width = images.shape[-2:]
         if not (height and width):
             raise OpenTransError(f"Images of {height}x{width} pixels have none. Leave them out.")
+        if not len(images): raise OpenTransError("There is no image in this batch. Leave it out.")
         if min(height, width) >= _SIDE: return images
         below,right = (max(self.least_side-side, 0) for side in (height, width))
         if not (below or right): return images
@@ -193,7 +199,8 @@ class _AnyVocabulary(nn.Module):
             raise OpenTransError("There are no class names. Pass build(..., vocabulary=...) to train, or "
                                  "predict(images, vocabulary).")
         if isinstance(names, torch.Tensor): return names.to(device)
-        known = tuple(names) if isinstance(names, list) else names
+        is_known = isinstance(names, (str, Vocabulary))
+        known = names if is_known else tuple(names) # a list, or the index of a table
         key = (known, str(device))
         if key not in self._texts: # encoded once: an iteration of training must not wait for it
             self._texts[key] = self.backbone.encode_text(names).to(device)
@@ -385,14 +392,18 @@ def build(
     "Build a framework on a backbone. Raises `OpenTransError` for an unknown framework, preset or option."
     cls = get_framework(name)
     check_choice(f'preset of {name}', preset, cls.presets)
+    _check_options(cls, name, options)
+    options = {**cls.presets[preset], **options}
+    with seeded(seed): framework = cls(backbone, vocabulary=vocabulary, **options)
+    return framework.to(device_of(backbone)).train()
+
+def _check_options(cls, name, options):
+    "Raise `OpenTransError` for an option that a class does not have, or a number that is none."
     parameters = inspect.signature(cls.__init__).parameters
     known = [option for option in parameters if option not in ('self', 'backbone', 'vocabulary')]
     for option,value in options.items():
         if option not in known: raise unknown(f'option of {name}', option, known or ['(there are none)'])
         _check_option(name, option, value, parameters[option])
-    options = {**cls.presets[preset], **options}
-    with seeded(seed): framework = cls(backbone, vocabulary=vocabulary, **options)
-    return framework.to(device_of(backbone)).train()
 
 def _check_option(framework, name, value, param):
     "A number among the options of a framework must be one: finite, and not below 0. Raises `OpenTransError`."

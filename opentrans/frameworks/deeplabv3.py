@@ -241,7 +241,8 @@ class DeepLabV3(_DistilledPixels):
         if step > 1:
             corner = torch.randint(step, (2,))
             top,left = corner.tolist()
-            labels = labels[:, top::step, left::step]
+            height,width = labels.shape[-2:]
+            labels = labels[:, top % height::step, left % width::step] # a side may be shorter than the step
         embedded = self.embed(batch['images'])
         text = self.text()
         ignore = batch.get('ignore', self.ignore)

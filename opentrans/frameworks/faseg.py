@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from fastcore.meta import delegates
 from ..data.vocabulary import Vocabulary
-from ..errors import OpenTransError
+from ..errors import check_number, OpenTransError
 from .contract import ADAMW, check_choice, register_framework, resize
 from .compared import LearnedPositionEncoding, RowColumnCrossAttention
 from .focus import * # its names are found here, too
@@ -246,12 +246,13 @@ class FASegDecoder(_FASegBlock):
         dfpq:bool|str=True, # Positional queries: True (`'focus'`), False (`'learned'`), or one of `POSITION_KINDS`
         hrca:bool=True, # A fourth level of 1/4, read by HRCA?
         mask_threshold:float=.15, # Probability from which a pixel belongs to a mask that may be looked at
-        ratio:int=32, # HRCA looks at one of so many cells; 1: at all
+        ratio:int=32, # HRCA looks at one of so many cells; 1: at each
         selection:str='cells', # How HRCA chooses: one of `CELL_CHOICES`; `'rcda'` has another attention in its place
         hrca_query:str='static', # Positional queries in HRCA's cross-attention: `'static'` (B) or `'dynamic'`
         legacy_first_mask:bool=False, # Pool the background for the first block, as the published code does
         **kwargs, # Of `MaskDecoder`
     ):
+        check_number('ratio', ratio, 1, whole=True)
         check_choice('dfpq', dfpq, (True, False, *POSITION_KINDS))
         check_choice('selection', selection, (*CELL_CHOICES, 'rcda'))
         check_choice('hrca_query', hrca_query, ('static', 'dynamic'))
@@ -434,6 +435,7 @@ class StagedBackbone(nn.Module):
         self.encoder = encoder
         self._clip = [clip]
         self._first = [copy.deepcopy(encoder)]
+        self._size = size
         self.embed_dim = clip.embed_dim
         self.logit_scale = clip.logit_scale
         colour = torch.tensor(mean).view(1, 3, 1, 1)
@@ -492,7 +494,7 @@ class StagedBackbone(nn.Module):
         mean = self.mean.flatten().tolist()
         std = self.std.flatten().tolist()
         encoder = copy.deepcopy(self._first[0])
-        backbone = StagedBackbone(encoder, self._clip[0], mean=mean, std=std)
+        backbone = StagedBackbone(encoder, self._clip[0], self._size, mean, std)
         return backbone.to(device_of(self))
 
     def forward(self, images:torch.Tensor)->dict[str, torch.Tensor]: # (B,3,H,W) in [0,1] -> maps by name

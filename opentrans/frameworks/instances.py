@@ -14,7 +14,7 @@ import torch
 from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError, optional
 from .contract import Framework
-from ..runtime import eval_mode
+from ..runtime import device_of, eval_mode
 
 # %% ../../nbs/frameworks/35c_instances.ipynb #950071fe
 @dataclass
@@ -68,7 +68,7 @@ def instances(
                              "fcclip or faseg.")
     with eval_mode(framework):
         text = framework.text(vocabulary)
-        queries = framework.queries(images, text)
+        queries = framework.queries(images.to(device_of(framework)), text)
         return instances_from_queries(*queries, isthing, most)
 
 # %% ../../nbs/frameworks/35c_instances.ipynb #fb1171ae

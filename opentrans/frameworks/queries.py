@@ -606,8 +606,9 @@ class QueryFramework(_QueryParts):
     def queries(self, images:torch.Tensor, text)->tuple[torch.Tensor, torch.Tensor]:
         "Class logits (B,Q,K+1) and mask logits at the images' size (B,Q,H,W), of the last layer."
         height,width = images.shape[-2:]
+        images = self.fill_up(images)
         class_logits,mask_logits = self.coarse_queries(images, text)
-        full = self.padded_size((height, width))
+        full = self.padded_size(images.shape[-2:])
         mask_logits = resize(mask_logits, full)
         mask_logits = mask_logits[..., :height, :width]
         return class_logits,mask_logits
@@ -635,6 +636,8 @@ class QueryFramework(_QueryParts):
         if size is not None: mask_logits = resize(mask_logits, size)
         ignore = 255 if len(text) <= 255 else 65535
         return panoptic_from_queries(class_logits, mask_logits, isthing, ignore, self.score, self.overlap)
+
+    panoptic._any_size = True # `queries` fills up small images, and cuts masks before they are resized
 
 # %% ../../nbs/frameworks/32_queries.ipynb #a4f0ab5d
 def batch_regions(

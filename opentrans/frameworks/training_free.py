@@ -49,7 +49,8 @@ def attention_weights(
     keys:torch.Tensor, # (B,heads,N,d)
     near:torch.Tensor=None, # (N,N) of `gaussian_neighbours`, for `'naclip'`
 )->torch.Tensor: # (B,heads,N,N)
-    "How the tokens look at each other in the last block. Raises `OpenTransError` for an unknown kind."
+    """How the tokens look at each other in the last block. Raises `OpenTransError` for an unknown kind, and for
+    `'naclip'` without its Gaussian."""
     def similar(some, others):
         width = some.shape[-1]
         return some @ others.mT*width**-.5
@@ -59,9 +60,11 @@ def attention_weights(
         return weights + similar(keys, keys).softmax(-1)
     if kind == 'clearclip': return similar(queries, queries).softmax(-1)
     if kind == 'naclip':
+        if near is None: raise OpenTransError("'naclip' needs its Gaussian: give near=gaussian_neighbours(grid).")
         weights = similar(keys, keys) + near
         return weights.softmax(-1)
-    raise unknown('attention of the last block', kind, ATTENTIONS)
+    others = [name for name in ATTENTIONS if name != 'maskclip'] # which takes the values as they are
+    raise unknown('attention of the last block', kind, others)
 
 # %% ../../nbs/frameworks/38_training_free.ipynb #c0666c23
 def grid_positions(
@@ -459,7 +462,7 @@ class TrainingFree(Framework):
         v = self.vocabulary if vocabulary is None else vocabulary
         is_encoded = isinstance(v, torch.Tensor)
         if v is None or is_encoded or not len(v): return super().text(v)
-        if not isinstance(v, (Vocabulary, list, tuple)): return v
+        if isinstance(v, (ClassWords, Experts)): return v
         names = v if isinstance(v, Vocabulary) else Vocabulary(v)
         key = ('words', names, str(device_of(self)))
         if key not in self._texts:

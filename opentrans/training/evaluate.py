@@ -224,7 +224,7 @@ def multi_scale_scores(
     check_multi_scale(size, scales, flip, window, overlap, longest)
     full = images.shape[-2:]
     looks = []
-    for scale in scales:
+    for scale in _listed('scales', scales, (1.,)):
         seen = _seen(images, size, longest, scale)
         for mirrored in ((False, True) if flip else (False,)):
             view = seen.flip(-1) if mirrored else seen
@@ -590,12 +590,12 @@ def compare_runs(
     # in millions, dense and active
 )->pd.DataFrame:
     "Several results in one table; what a run does not have is NaN. Raises `OpenTransError` for what is no result."
-    def called(i, run): return f'run {i}' if isinstance(run, dict) else Path(run).name
+    def named_by(name_of): return {f'run {i}' if isinstance(run, dict) else name_of(run): run for i,run in listed}
     if isinstance(runs, dict): named = dict(runs)
     else:
-        named = {called(i, run): run for i,run in enumerate(runs)}
-        # folders of one name: their paths tell them apart
-        if len(named) < len(list(runs)): named = {str(run): run for run in runs}
+        listed = list(enumerate(runs))
+        named = named_by(lambda run: Path(run).name)
+        if len(named) < len(listed): named = named_by(str) # folders of one name: their paths tell them apart
     if not named: raise OpenTransError("There are no runs to compare. Give folders with a result.json.")
     rows = {name: _row_of(_result(source)) for name,source in named.items()}
     frame = pd.DataFrame.from_dict(rows, orient='index')

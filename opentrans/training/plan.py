@@ -115,9 +115,12 @@ class RunPlan:
 def device_room(
     device:str|torch.device, # As `pick_device` takes it
 )->int: # Bytes
-    "The memory of a device: all of a GPU's, or what the machine has left."
+    "The memory of a device: all of a GPU's, or what programs can still take of the machine's."
     device = pick_device(str(device))
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[1]
+    with contextlib.suppress(OSError, StopIteration), open('/proc/meminfo') as told:
+        line = next(line for line in told if line.startswith('MemAvailable:')) # with what files fill, which can go
+        return 1024*int(line.split()[1])
     return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
 
 def _fullest(data, samples):
@@ -152,7 +155,7 @@ def _measure(framework, data, recipe, selection, mask, images):
 # %% ../../nbs/training/43_plan.ipynb #86635526
 def _load_seconds(framework, data, recipe, samples):
     "CPU seconds to read and cut one image, as `finetune` does."
-    course = recipe.replace(batch_size=samples, accumulate=1, workers=0)
+    course = recipe.replace(iterations=1, batch_size=samples, accumulate=1, workers=0)
     regions = getattr(framework, 'uses_regions', True)
     began = time.process_time()
     loaded = batches(data, course, regions=regions)

@@ -162,8 +162,9 @@ class _Course:
         return self.replace(iterations=iterations, milestones=milestones, lr_warmup=lr_warmup, offset=offset)
 
     def first(self, iterations:int)->Self:
-        """The beginning of the same course: so many iterations, at the rates that the whole course has there.
-        Raises `OpenTransError` if it is not as long."""
+        """The beginning of the same course: so many iterations, at the rates that the whole course has there; the
+        schedules 'poly' and 'cosine', which fall from the first iteration on, stay where they begin. Raises
+        `OpenTransError` if the course is not as long."""
         if not 0 <= iterations <= self.iterations:
             raise OpenTransError(f"A course of {self.iterations} iterations has no first {iterations}.")
         if self.schedule not in ('step', 'constant'):
@@ -243,7 +244,8 @@ class Recipe(_Course):
         # Some fields, as a dict or a text in JSON; 'preset' is the recipe that they change: 'tiny', 'warmup',
         # 'paper' or 'released'
         values:'dict[str, Any]|str',
-        framework:str='deeplabv3', # Whose recipe 'paper' is; 'framework' among the values comes first
+        # Whose recipe 'paper', 'released' or 'warmup' is; 'framework' among the values comes first
+        framework:str='deeplabv3',
         base:'Recipe|None'=None, # What is changed if no preset is named; None takes the defaults
     )->'Recipe':
         "A recipe from plain values. Raises `OpenTransError` for an unknown field, or a value of the wrong kind."
@@ -254,8 +256,8 @@ class Recipe(_Course):
         values = dict(values)
         preset = values.pop('preset', None)
         framework = values.pop('framework', framework)
-        presets = dict(tiny=cls.tiny, warmup=cls.warmup, paper=functools.partial(cls.paper, framework),
-                       released=functools.partial(cls.released, framework))
+        presets = dict(tiny=cls.tiny)
+        for kind in (cls.warmup, cls.paper, cls.released): presets[kind.__name__] = functools.partial(kind, framework)
         if preset is not None and (not isinstance(preset, str) or preset not in presets):
             raise unknown('recipe', preset, presets)
         kinds = _kinds(cls)

@@ -524,7 +524,7 @@ def allocate(
     check_number(given, number, 1, whole=True, advice='A budget of 0 leaves nothing to train.')
     if tau is None and not exact:
         swept = sweep_allocations(sens, [budget], kind, r, alpha, beta, masks, None, scattered, always)
-        return swept[budget]
+        return _told(swept[budget])
     _check(kind, r, alpha, beta)
     rules = _Rules(kind, r, alpha, beta, scattered)
     always = _always(sens, always)
@@ -533,9 +533,12 @@ def allocate(
     if tau is not None: return _allocation(rank, rank.tau, rules, always, heads)
     tau, held = _spend(rank, rules, budget-always)
     why = _why(rank, rules, tau, budget, always)
-    res = _allocation(rank, tau, rules, always, heads, held, budget, why)
-    if res.note: warnings.warn(f"The budget is not met: {res.note}.", stacklevel=2)
-    return res
+    return _told(_allocation(rank, tau, rules, always, heads, held, budget, why))
+
+def _told(allocation):
+    "An allocation, with a warning if it misses its budget."
+    if allocation.note: warnings.warn(f"The budget is not met: {allocation.note}.", stacklevel=3)
+    return allocation
 
 def _why(rank, rules, tau, budget, always):
     "Why a budget cannot be met."

@@ -368,5 +368,8 @@ def as_anchor(
         raise OpenTransError(
             f"{len(parts)} layers have updates that are not merged, such as '{parts[0]}'. Call merge_spt(model) "
             f"(or merge_peft) first; adapters cannot be merged, take them off.")
-    if classes is not None: model.new_task(classes)
+    if classes is not None:
+        like = next(model.tower.parameters())
+        model.new_task(classes)
+        model.classifier.to(like.device, like.dtype)
     return model

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 from ..core import find_tower
-from ..errors import check_number, DamagedFile, FormatError, OpenTransError, unknown
+from ..errors import check_number, DamagedFile, FormatError, OpenTransError, shorten, unknown
 from ..escape import for_plot
 from ..files import FileKind, json_text, parse_document, read_text, save_text
-from ..runtime import get_axes, is_small
+from ..runtime import eval_mode, get_axes, is_small
 from .spvit import (
     BottleneckConv, GATINGS, Grid, hard_gate, mlp_names, MultiPathAttention, select_ops, SkipAttention, SPVIT_OPS,
     UnifiedAttention, UnifiedDepthwise, UnifiedMLP)
@@ -164,16 +164,17 @@ def _shapes(model, size):
         if n in blocks or counted_alone:
             handle = m.register_forward_hook(functools.partial(hook, n))
             undo.append(handle)
-    modes = [(m, m.training) for m in tower.modules()]
     small = is_small(tower) and max(size) <= 256
     state = {} if small else _without_numbers(tower)
     try:
         picture = torch.zeros(1, 3, *size, device='cpu' if small else 'meta')
-        tower.eval()
-        with torch.no_grad(): torch.func.functional_call(tower, state, (picture,))
+        with eval_mode(tower): torch.func.functional_call(tower, state, (picture,))
+    except (AssertionError, RuntimeError) as error:
+        height,width = size
+        kind = type(tower).__name__
+        raise OpenTransError(f"{kind} takes no pictures of {height}x{width}: {shorten(error)}") from error
     finally:
         for h in undo: h.remove()
-        for m,b in modes: m.training = b
     return seen
 
 def _image_size(tower):
@@ -238,14 +239,17 @@ class SPViTCost:
         model:nn.Module, # The tower in any of its forms: dense, with gates, slimmed
         target:float=None, # In GFLOPs (10^9 multiply-accumulates); None leaves it at what the model has
         weight:float=1., # The thesis's lambda
-        size=None, # (height, width) of the pictures; None takes the tower's own
+        # (height, width) of the pictures; None takes the tower's own. Raises `OpenTransError` for a size that the
+        # tower does not take
+        size=None,
     ):
         tower = _tower(model)
         if target is not None: check_number('target', target, 0, above=True, advice='It is in GFLOPs.')
         check_number('weight', weight, 0)
         sides = size or _image_size(tower)
+        if isinstance(sides, int) or len(sides) != 2:
+            raise OpenTransError(f"size={size}: give (height, width) of the pictures.")
         self.size = tuple(check_number('size', side, 1, 2**20, whole=True) for side in sides)
-        if len(self.size) != 2: raise OpenTransError(f"size={size}: give (height, width) of the pictures.")
         self.shapes = _shapes(model, self.size)
         _,self.prefix = _patches(tower)
         self.weight = weight

@@ -284,12 +284,16 @@ def add_adapters(
 
 def add_sparse(
     model:nn.Module, # Changed in place; names are read in its tower
-    masks:dict, # Name of any tensor -> bool tensor of its shape: the entries to tune
+    masks:dict, # Name of any tensor (no pattern) -> bool tensor of its shape: the entries to tune
     freeze:bool=True, # Freeze every other parameter of the tower?
 )->Added: # Handle: `.parts` by name, `.remove()`; a context manager
     """Add updates of single weights, by name. Raises `OpenTransError` for names that are not there, shared or
     taken, and masks that do not fit."""
-    chosen = {n: _wanted(model, [n])[0] for n in masks}
+    chosen = {}
+    for n in masks:
+        found = _wanted(model, [n])
+        if len(found) > 1: raise OpenTransError(f"'{n}' names {len(found)} tensors. Give a mask for each by its name.")
+        chosen[n] = found[0]
     given = {s.name: masks[n] for n,s in chosen.items()}
     def part(slot): return SparseDelta(slot, torch.as_tensor(given[slot.name]))
     return _add(model, list(chosen.values()), part, freeze)

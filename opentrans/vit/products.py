@@ -255,7 +255,7 @@ def spt_on(
     with seeded(seed): history = fit(model, train, epochs, lr)
     if out is not None: save_added(model, Path(out)/'spt.safetensors')
     tested = accuracy(model, val) if val is not None else None
-    x, _ = next(iter(val or train))
+    x, _ = next(iter(train if val is None else val))
     x = x[:4].to(device_of(model))
     with torch.no_grad():
         before = model(x)

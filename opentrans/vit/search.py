@@ -98,7 +98,8 @@ def gate_optimizers(
         else: weights.append(p)
     if not gates and not weights:
         raise OpenTransError("No parameter of the model learns. Call model.requires_grad_(True) on what shall.")
-    opt_w = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay)
+    group = dict(params=weights) # there may be none: then the gates learn alone
+    opt_w = torch.optim.AdamW([group], lr=lr, weight_decay=weight_decay)
     opt_g = None
     if gates: opt_g = torch.optim.AdamW(gates, lr=gate_lr, weight_decay=0.)
     return opt_w,opt_g
@@ -151,6 +152,7 @@ def _is_history(history, step, steps):
 
 def _check_state(opt, path):
     "Raises `OpenTransError` where what was read cannot be the state of AdamW."
+    if not any(group['params'] for group in opt.param_groups): return
     states = list(opt.state.values())
     keys = {key for state in states for key in state}
     if keys != {'step', 'exp_avg', 'exp_avg_sq'}:

@@ -18,7 +18,7 @@ from ..core import CONVS, NORMS
 from ..cost.costs import cost
 from ..errors import check_number, OpenTransError, unknown
 from ..files import not_finite
-from ..runtime import check_images
+from ..runtime import check_images, eval_mode
 from .anchors import _inside, Anchor, as_anchor, is_adapted, plain_layer
 from .peft import LoRALinear, outputs_of, restore_flags, Slot, trained_flags
 
@@ -286,14 +286,15 @@ class StitchableNet(_Family):
         x:torch.Tensor, # Some images, about 100
         # By stitch: `residual`, the share of the end's variation (norm around its mean) that the layer misses
     )->pd.DataFrame:
-        """Start every stitching layer at the mean of the least-squares solutions of its pairs (thesis 3.4.1). Raises
-        `OpenTransError` if activations do not match."""
+        """Start every stitching layer at the mean of the least-squares solutions of its pairs (thesis 3.4.1), by what
+        the anchors say in evaluation mode. Raises `OpenTransError` if activations do not match."""
         check_images(x)
         rows = []
-        for (a,b),members in self._members().items():
-            front = self.anchors[a].features(x)
-            end = self.anchors[b].features(x)
-            for group in members.values(): rows += self._init_layer(group, front, end)
+        with eval_mode(self):
+            for (a,b),members in self._members().items():
+                front = self.anchors[a].features(x)
+                end = self.anchors[b].features(x)
+                for group in members.values(): rows += self._init_layer(group, front, end)
         columns = [*StitchConfig.__dataclass_fields__, 'stitch', 'residual']
         missed = pd.DataFrame(rows, columns=columns)
         return missed.set_index('stitch').sort_index()
@@ -329,7 +330,8 @@ class StitchableNet(_Family):
     def extract(self,
         stitch:int, # Which; None is the largest anchor
     )->nn.Module: # `Stitched`, or an `Anchor`
-        "A copy of one stitch that holds what it needs and nothing else."
+        """A copy of one stitch: its blocks, its layer and its head. An adapted one still has the biases of all
+        stitches that run these blocks; `merge_stitch` leaves none."""
         c = self.config(stitch)
         front,end = self._ends(c)
         if c.is_anchor: new = copy.deepcopy(front)
@@ -642,8 +644,8 @@ def apply_pst(
     # Rank of the attention's updates, one number or one for each anchor; 0 for none. Thesis: 32, 16, 8 for ViT-Ti,
     # S, B. Of the other kinds: width of the bottlenecks
     attn_ranks,
-    # Rank of a stitching layer's update, from the width of its front; 0 or None: the layer itself is trained in
-    # full
+    # Rank of a stitching layer's update: a number, or a function of the width of its front; 0 or None: the layer
+    # itself is trained in full
     stitch_rank=lambda d1: d1//4,
     ssb:bool=True, # Biases of each stitch?
     masks=None, # A `SparseMask` for each anchor, or None: what is pruned stays pruned
@@ -743,7 +745,8 @@ def _adapt_stitching(m, stitch_rank, places):
     r = 0
     if stitch_rank is not None:
         width = m.map.weight.shape[1]
-        r = check_number('stitch_rank', stitch_rank(width), 0, 65_536, whole=True)
+        told = stitch_rank(width) if callable(stitch_rank) else stitch_rank
+        r = check_number('stitch_rank', told, 0, 65_536, whole=True)
     places.append((m, 'map', m.map))
     if r: m.map = LoRALinear(m.map, r)
     else: m.map.requires_grad_(True)
