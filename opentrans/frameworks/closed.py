@@ -80,9 +80,6 @@ class ClosedFASeg(FASeg):
             raise OpenTransError(f"This model knows {self.n_classes} classes, and not {len(text)} others.")
         return embeddings
 
-# %% ../../nbs/frameworks/35d_closed.ipynb #1912c9c0
-#| export
-
 # %% ../../nbs/frameworks/35d_closed.ipynb #cd12636c
 def build_closed(
     encoder:nn.Module, # Normalised images -> four maps of the strides 4, 8, 16 and 32
