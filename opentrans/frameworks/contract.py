@@ -77,7 +77,7 @@ def smallest_side(
     def fits(side):
         image = torch.zeros(1, 3, side, side, device=device_of(fresh))
         try: maps = fresh(image)
-        except RuntimeError: return False
+        except (OpenTransError, RuntimeError): return False
         return all(m.numel() for m in maps.values())
     return 1 + bisect.bisect_left(range(1, _SIDE), True, key=fits)
 
