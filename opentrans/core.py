@@ -464,7 +464,7 @@ class LayerSelection:
         for layer in off:
             key = id(layer.params[0]) if layer.rows is not None else None
             if key in learns: parts[key] = layer
-        _check_can_learn(on, parts.values())
+        _check_can_learn(on, off, parts.values())
         before = [(param, param.requires_grad) for param in params.values()]
         undo = [lambda: [param.requires_grad_(learned) for param,learned in before]]
         for key,param in params.items(): param.requires_grad_(key in learns)
@@ -505,9 +505,16 @@ class _FrozenRows:
         self.kept = None
 
 # %% ../nbs/00_core.ipynb #44f27252
+def _not_made(layer):
+    "What a layer lacks whose parameter torch has yet to make; '' for any other."
+    for param in layer.params:
+        if isinstance(param, UninitializedParameter): return no_values(param)
+    return ''
+
 def _cannot_train(layer):
     "Why a layer cannot learn; '' if it can."
     if not layer.params: return layer.computed or 'has no parameter'
+    if why := _not_made(layer): return why
     for param in layer.params:
         has_gradient = param.is_floating_point() or param.is_complex()
         if not has_gradient: return f'holds numbers that have no gradient ({param.dtype})'
@@ -518,8 +525,9 @@ def _cannot_split(layer):
     if layer.computed: return layer.computed
     return '' if layer.param.is_meta else no_values(layer.param)
 
-def _check_can_learn(on, parts):
-    "Raises `OpenTransError` if layers cannot learn, or parts of parameters cannot be frozen alone."
+def _check_can_learn(on, off, parts):
+    "Raises `OpenTransError` if layers cannot learn or be frozen, or parts of parameters cannot be frozen alone."
     bad = [f'{layer.name} {why}' for layer in on if (why := _cannot_train(layer))]
+    bad += [f'{layer.name} {why}' for layer in off if (why := _not_made(layer))]
     bad += [f'{layer.name} {why}' for layer in parts if (why := _cannot_split(layer))]
     if bad: raise OpenTransError(f"The selection cannot be put on {len(bad)} layers: {name_some(bad, 3)}.")

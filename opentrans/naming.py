@@ -300,6 +300,7 @@ def match_weights(
 ): # Key -> (parameter, rows or None)
     """The one place where the keys fit, by the rule of `match_names` in each spelling. Raises `OpenTransError` if
     there is none, or more than one."""
+    if not keys: return {}
     best = _best_slots(keys, shapes)
     if not best: raise _no_slots_error(keys, shapes)
     if strict and len(best[0]) < len(keys): raise _no_slots_error(keys, shapes)

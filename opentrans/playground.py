@@ -6,7 +6,7 @@
 __all__ = ['parse_names', 'to_image', 'segment', 'overlay', 'unseen', 'guesses', 'playground']
 
 # %% ../nbs/app/71_playground.ipynb #195750dd
-import threading, warnings
+import math, threading, warnings
 from collections.abc import Sequence
 from typing import Any, TYPE_CHECKING
 import numpy as np
@@ -45,7 +45,9 @@ def to_image(
     max_side:int=768, # Longer images are made smaller
 )->torch.Tensor: # (3,H,W) in [0,1]
     "An image from anything that holds one. Raises `OpenTransError` for what is no image."
-    if isinstance(source, dict): source = source['image']
+    if isinstance(source, dict):
+        if 'image' not in source: raise OpenTransError("A sample without an entry 'image' holds no image.")
+        source = source['image']
     picture = read_picture(source, background='white')
     height,width = picture.shape[1:]
     if max(height, width) > max_side:
@@ -75,12 +77,17 @@ def segment(
     if not hasattr(vocabulary, 'names'): vocabulary = Vocabulary(list(vocabulary))
     if hasattr(framework, 'predict'): labels = framework.predict(x[None], vocabulary)[0]
     else:
-        if seen_side is None: seen_side = round(1.5*framework.image_size)
-        seen = to_image(x, seen_side)
+        seen = to_image(x, _usual_side(framework, x) if seen_side is None else seen_side)
         near = _likeness(framework, seen, vocabulary)
         near, = resize(near, x.shape[1:])
         labels = near.argmax(0)
     return x,labels.cpu(),list(vocabulary.names)
+
+def _usual_side(clip, image):
+    "One and a half times what a CLIP was trained with; more where a long picture would be too low."
+    height,width = image.shape[1:]
+    least = math.ceil(16.5*max(height, width)/min(height, width))
+    return max(round(1.5*clip.image_size), least)
 
 @torch.no_grad()
 def _likeness(clip, image, vocabulary):
@@ -144,10 +151,11 @@ def guesses(
 # %% ../nbs/app/71_playground.ipynb #ad4c9fa4
 class _Playground:
     "State and wiring of `playground`."
-    def __init__(self, framework, samples, words, text, w):
+    def __init__(self, framework, samples, words, text, told, w):
         self.framework = framework
         self.samples = dict(samples)
         self.words = words # the names that fit a sample, where they are known
+        self.told = told # what the text field says, as long as nobody has typed
         self.lock = threading.RLock()
         self.answer = None
         self._make_widgets(w, text)
@@ -195,12 +203,13 @@ class _Playground:
                 self.source.value = name
 
     def turn(self, change):
-        "Another image. The names that fit it take the place of those that fitted the last one, not of one's own."
+        "Another image. The names that fit it take the place of those that were put there, not of one's own."
         typed = self.names.value
         fit = self.words.get(change['new'], typed)
-        are_own = typed != self.words.get(change['old'])
-        if are_own or fit == typed: self.ask()
-        else: self.names.value = fit # which asks
+        are_own = typed not in (self.told, self.words.get(change['old']))
+        if are_own or fit == typed: return self.ask()
+        self.told = fit
+        self.names.value = fit # which asks
 
     def say(self, text, colour='555'):
         self.said.value = f'<span style="color:#{colour}">{for_html(text)}</span>'
@@ -240,6 +249,11 @@ def _scenes():
         scenes[f'scene {i} ({domain})'] = world[0]
     return scenes
 
+def _typed(names):
+    "Class names as one types them."
+    if isinstance(names, str): return names
+    return ', '.join(name.replace(',', ' | ') for name in names)
+
 def playground(
     framework, # A `Framework`, as `build` makes it, or a `ClipBackbone`
     # Name -> whatever `to_image` takes, or a pair of it and the class names that fit it, as `sample_photographs`
@@ -258,11 +272,12 @@ def playground(
         samples = {f'{i}: {samples[i]["id"]}': samples[i] for i in range(count)}
     if not samples: raise OpenTransError("There is no sample to look at. Give a dict of images, or a data set.")
     pairs = {name: sample for name,sample in samples.items() if isinstance(sample, tuple)}
-    words = {name: fit for name,(_,fit) in pairs.items()}
+    words = {name: _typed(fit) for name,(_,fit) in pairs.items()}
     samples = {**samples, **{name: image for name,(image,_) in pairs.items()}}
-    if names is None: names = words.get(next(iter(samples)))
-    if names is None:
+    told = words.get(next(iter(samples)))
+    if told is None and names is None:
         own = getattr(framework, 'vocabulary', None)
         known = list(getattr(own, 'names', own) or ['grass', 'sky'])
-        names = ', '.join(name.replace(',', ' | ') for name in known[:8])
-    return _Playground(framework, samples, words, names, w).box
+        told = _typed(known[:8])
+    if names is None: names = told
+    return _Playground(framework, samples, words, names, told, w).box

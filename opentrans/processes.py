@@ -290,13 +290,16 @@ def _places_of(model, kind):
     return places
 
 # %% ../nbs/00_processes.ipynb #6d137433
+def _size_of_part(i, n, size): return (i+1)*size//n - i*size//n
+
 def _part(batch, i, n):
     "The i-th of n parts of a batch."
     size = len(batch['images'])
     cut = slice(i*size//n, (i+1)*size//n)
     part = {}
     for name,value in batch.items():
-        is_of_images = isinstance(value, (torch.Tensor, list)) and len(value) == size
+        has_length = isinstance(value, list) or isinstance(value, torch.Tensor) and value.ndim
+        is_of_images = has_length and len(value) == size
         part[name] = value[cut] if is_of_images else value
     return part
 
@@ -310,11 +313,12 @@ def train_step(
     mean:Callable[[list[float]], list[float]]=lambda values: values, # Of numbers over all processes
     # Loss terms and `grad_norm` as numbers. If a loss is not finite, nothing has been changed but norm statistics
 )->dict:
-    "One step: losses, gradients, clipping, optimizer."
+    "One step: losses, gradients, clipping, optimizer. Parts of a batch count by their images."
     opt.zero_grad(set_to_none=True)
     losses = getattr(framework, 'loss', framework) # a wrapper gives losses when it is called
     no_sync = getattr(framework, 'no_sync', contextlib.nullcontext) # of a wrapper: gradients stay this process's own
-    parts = min(recipe.accumulate, len(batch['images']))
+    images = len(batch['images'])
+    parts = min(recipe.accumulate, images)
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision)
     device = batch['images'].device.type
     is_mixed = dtype is not None
@@ -325,10 +329,11 @@ def train_step(
         with contextlib.nullcontext() if is_last else no_sync():
             with torch.autocast(device, dtype, enabled=is_mixed):
                 terms = losses(batch if parts == 1 else _part(batch, i, parts))
-            total = sum(terms.values())/parts
+            weight = _size_of_part(i, parts, images)*parts/images # 1 where all parts are of one size
+            total = sum(terms.values())/parts*weight
             own_values = torch.stack([term.detach().float() for term in terms.values()])
             values = mean(own_values.tolist())
-            for name,value in zip(terms, values): sums[name] = sums.get(name, 0.) + value/parts
+            for name,value in zip(terms, values): sums[name] = sums.get(name, 0.) + value/parts*weight
             if not all(map(math.isfinite, values)): return sums
             if scaler: total = scaler.scale(total)
             total.backward()

@@ -9,7 +9,7 @@ __all__ = ['RETIRED', 'LINE_EVERY', 'Handle', 'around_step', 'held_by', 'after_s
            'time_left', 'is_quiet', 'progress', 'get_axes', 'figure_png', 'write_names', 'stored_result']
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
-import contextlib, gc, io, math, multiprocessing, os, random, signal, threading, weakref
+import contextlib, gc, io, math, multiprocessing, operator, os, random, signal, threading, weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Callable
@@ -134,6 +134,7 @@ def seed_everything(
     seed:int, # Any non-negative integer
 ):
     "Seed Python, NumPy and torch (all devices)."
+    seed = operator.index(seed) # Python's own generator takes no integer of NumPy
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed % 2**63)

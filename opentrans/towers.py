@@ -8,7 +8,7 @@ __all__ = ['TOWERS', 'HEADS', 'CLASSIFIERS', 'MODEL_ENDS', 'Tower', 'register_to
            'ResNetTower', 'TimmTower', 'dilate_efficientnet', 'EfficientNetTower', 'ViTTower']
 
 # %% ../nbs/06_towers.ipynb #f9b5b937
-import math
+import contextlib, math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 import torch
@@ -222,7 +222,11 @@ def cell_means(
     inside:torch.Tensor, # (B,N,h*w) bool
 )->torch.Tensor: # (B,N,C)
     "The mean of the cells of a map inside each mask; 0 where there is none."
-    sums = torch.bmm(inside.to(x), x.flatten(2).mT)
+    cells = x.flatten(2).mT
+    is_half = x.dtype == torch.float16 # whose largest number, 65504, a sum soon exceeds
+    if is_half: cells = cells.float()
+    with torch.autocast(x.device.type, enabled=False) if is_half else contextlib.nullcontext():
+        sums = torch.bmm(inside.to(cells), cells)
     counts = inside.sum(-1, keepdim=True)
     return sums/(counts + 1e-8)
 
@@ -567,7 +571,8 @@ class ViTTower(Tower):
         "Embeddings of tokens by the last block, in which they see each other as a mask says."
         b = net.transformer.resblocks[-1]
         y = b.ln_1(x)
-        mask = mask.repeat_interleave(b.attn.num_heads, 0)
+        # torch takes a mask of another type and computes something else with it
+        mask = mask.to(x.dtype).repeat_interleave(b.attn.num_heads, 0)
         seen,_ = b.attn(y, y, y, need_weights=False, attn_mask=mask)
         x = x + b.ls_1(seen)
         y = b.mlp(b.ln_2(x))

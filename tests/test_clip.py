@@ -64,6 +64,47 @@ def test_strides_are_those_of_the_tower_at_any_native_size(image_size, patch_siz
     _,strides,_ = Origin('tiny', None, visual, None, (0., 0., 0.), (1., 1., 1.), 1.).maps
     assert strides == dict(res2=4, res3=8, res4=16, res5=32)
 
+@torch.no_grad()
+@pytest.mark.parametrize('name', small_clips())
+def test_images_without_a_cell_are_refused_in_a_sentence(name):
+    "A ViT fills up its last patch; from the others' maps nothing is left."
+    clip = ClipBackbone.create(name)
+    small = torch.rand(1, 3, 40, 20)
+    asked = (clip, clip.encode_image, clip.dense_embeddings, clip.region_embeddings)
+    if name == 'shapes-vit':
+        for ask in asked: ask(small)
+        return
+    for ask in asked:
+        with pytest.raises(OpenTransError, match='20 x 40 pixels.*at least 32 pixels'): ask(small)
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', small_clips())
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_regions_are_embedded_in_any_floating_type(name, dtype):
+    clip = ClipBackbone.create(name, pretrained=name)
+    images = torch.rand(1, 3, 64, 80)
+    regions = [torch.zeros(2, 64, 80, dtype=torch.bool)]
+    regions[0][0,:40,:20] = regions[0][1,30:] = True
+    wanted = clip.region_embeddings(images, regions)
+    other = clip.fresh_copy().to(dtype)
+    got = other.region_embeddings(images.to(dtype), regions)
+    assert got.dtype == dtype and F.cosine_similarity(got.float(), wanted).min() > .999
+    cells = other.dense_embeddings(images.to(dtype)).float()
+    assert F.cosine_similarity(cells, clip.dense_embeddings(images)).min() > .99
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', small_clips())
+def test_no_image_gives_no_embedding(name):
+    clip = ClipBackbone.create(name)
+    none = torch.rand(0, 3, 64, 64)
+    assert clip.encode_image(none).shape == (0, 64)
+    for mode in ('attention', 'crop', 'tight'): assert clip.region_embeddings(none, [], mode).shape == (0, 64)
+
+def test_what_are_no_regions_is_said(tiny):
+    for images,regions,why in ((torch.rand(3, 64, 64), None, 'must be a float tensor'),
+                               (torch.rand(1, 3, 64, 64), [np.ones((1, 64, 64))], 'image 0 are a ndarray')):
+        with pytest.raises(OpenTransError, match=why): tiny.region_embeddings(images, regions)
+
 def test_gradients_reach_the_tower_and_only_it(tiny):
     x,m = torch.rand(2, 3, 64, 64),torch.zeros(2, 64, 64, dtype=torch.bool)
     m[0,:40], m[1,30:,30:] = True, True

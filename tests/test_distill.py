@@ -1,11 +1,12 @@
 "Distillation inside Algorithm 1: `imp` with `DistillTrainer`, from the first round to a continued run."
 import contextlib, copy, json, shutil, warnings
+import numpy as np
 import pytest
 import torch
 from opentrans.clip import ClipBackbone, small_clip
 from opentrans.errors import OpenTransError
 from opentrans.files import load_metadata, load_tensors, save_tensors
-from opentrans.distill import DistillTrainer, distances, tgkd_loss, vgkd_loss
+from opentrans.distill import DistillTrainer, distances, FeatureTrainer, tgkd_loss, vgkd_loss
 from opentrans.pruning import SparseMask, imp
 
 CONFIG = dict(embed_dim=32, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64),
@@ -77,6 +78,33 @@ def test_a_continued_run_is_the_run(clip, tmp_path):
 def test_seed_of_imp_decides_the_order(clip):
     a,b,c = (imp(clip.fresh_copy(), trainer(clip), density=.5, p=.5, seed=s)[1].loss.tolist() for s in (0, 0, 1))
     assert a == b and a != c
+
+@pytest.mark.parametrize('loss', ['released', lambda v, r, t: (v @ r.T).mean()])
+def test_losses_get_what_they_can_multiply_in_mixed_precision(clip, loss):
+    got = trainer(clip, loss=loss, iterations=1, precision='bf16')(clip.fresh_copy())
+    assert got['loss'] == pytest.approx(trainer(clip, loss=loss, iterations=1)(clip.fresh_copy())['loss'], abs=.3)
+
+def test_losses_without_training_change_nothing(clip):
+    "Batch norms of a model in training mode, too, and gradients are there whatever mode torch is in."
+    images = [torch.rand(2, 3, 64, 64)]
+    for train in (trainer(clip), FeatureTrainer(clip, images)):
+        wanted = next(train.losses(clip, 1)).item()
+        model = clip.fresh_copy().train()
+        before = copy.deepcopy(model.state_dict())
+        with torch.no_grad(): loss = next(train.losses(model, 1))
+        assert loss.item() == wanted and loss.requires_grad
+        assert all(module.training for module in model.modules())
+        for name,value in model.state_dict().items(): assert value.equal(before[name]), name
+
+@pytest.mark.parametrize('freeze, why', [(('layer1', 'nosuch'), "'nosuch'"), (('',), 'No parameter is left')])
+def test_what_cannot_be_frozen_freezes_nothing(clip, freeze, why):
+    with pytest.raises(OpenTransError, match=why): trainer(clip, freeze=freeze)(clip)
+    assert all(param.requires_grad for param in clip.parameters())
+
+def test_settings_take_numbers_of_numpy_and_no_negative_norm(clip):
+    assert trainer(clip, seed=np.int64(2)).settings == trainer(clip, seed=2).settings
+    for clip_grad in (-1., float('nan'), 'x'):
+        with pytest.raises(OpenTransError, match='clip_grad'): FeatureTrainer(clip, [], clip_grad=clip_grad)
 
 def test_class_labels_are_not_a_target(clip):
     """Only names that are in the regions enter: permuting the label map changes nothing, permuting names of equal

@@ -12,7 +12,7 @@ from opentrans.clip import ClipBackbone
 from opentrans.clip import shipped_clips
 from opentrans.core import layers
 from opentrans.data import SemanticIoU, PanopticQuality, ShapesWorld
-from opentrans.distill import DistillTrainer, LOSSES
+from opentrans.distill import DistillTrainer, FeatureTrainer, LOSSES
 from opentrans.errors import OpenTransError
 from opentrans.frameworks import contract, get_framework, list_frameworks
 from opentrans.frameworks.catseg import class_loss
@@ -187,6 +187,13 @@ def test_a_step_of_distillation(cuda, mode, pairs, amp):
                                precision='bf16' if amp else None)
         return list(train.losses(clip, n=2))
     for got,wanted in zip(losses('cuda'), losses('cpu')): agree(got, wanted.detach(), .2 if amp else 1e-4)
+
+def test_losses_of_features_go_where_the_model_is(cuda):
+    "The teacher was copied from a CLIP that stays on the CPU."
+    clip = contract.tiny_backbone()
+    train = FeatureTrainer(clip, [torch.rand(2, 3, 64, 64)])
+    model = clip.fresh_copy().to('cuda')
+    agree(next(train.losses(model, 1)), torch.zeros(()), 1e-5)
 
 # ---------------------------------------------------------------- masks
 

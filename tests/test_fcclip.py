@@ -14,6 +14,7 @@ from opentrans.frameworks import build, check_framework
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.fcclip import embed_masks, geometric_ensemble, load_fcclip
 from opentrans.pruning import SparseMask
+from opentrans.towers import cell_means
 
 TINY = dict(hidden=64, mask_dim=32, queries=8, pixel_layers=1, layers=3, heads=2, pixel_ffn=32, ffn=32, points=128)
 SIZES = dict(hidden=64, mask_dim=64, queries=11, pixel_layers=2, layers=4, heads=8, pixel_ffn=96, ffn=80)
@@ -297,5 +298,15 @@ def test_weights_from_files(tmp_path):
     table = load_fcclip(seg, path, strict=False)
     assert seg.nothing.eq(1).all() and seg.head.log_scale.item() == 2. and (table.what == 'loaded').sum() == 2
     with pytest.raises(OpenTransError, match='No weights file'): load_fcclip(seg, tmp_path/'none.pth')
+
+@pytest.mark.parametrize('is_mixed', [False, True])
+def test_the_mean_under_a_large_mask_is_a_number_in_half_precision(is_mixed):
+    "The sum of its cells is none."
+    cells = torch.full((1, 2, 40, 40), 100., dtype=torch.float16, requires_grad=True)
+    inside = torch.ones(1, 3, 1600, dtype=torch.bool)
+    with torch.autocast('cpu', torch.float16, enabled=is_mixed): mean = cell_means(cells, inside)
+    assert mean.isfinite().all() and (mean == 100).all()
+    mean.sum().backward()
+    assert cells.grad.isfinite().all()
 
 if __name__ == '__main__': ask_the_released_code(*sys.argv[1:])

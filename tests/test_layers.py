@@ -357,6 +357,17 @@ def test_a_lazy_layer_is_an_error_that_says_what_to_do():
     model = nn.Sequential(net(), nn.LazyLinear(3))
     with SparseMask.magnitude(net(), .5).apply(model): assert (model[0][1][0].weight == 0).any()
 
+@pytest.mark.parametrize('train, freeze', [(['1.0.weight'], ['2.0.weight']), (['2.0.weight'], ['1.0.weight'])])
+def test_a_lazy_layer_is_neither_trained_nor_frozen(train, freeze):
+    "Its parameter is replaced by the first batch; until then nothing is changed."
+    model = with_a_lazy_layer()
+    with pytest.raises(OpenTransError, match='1.0.weight is not initialised yet: run the model'):
+        LayerSelection(train, freeze).apply(model)
+    assert all(param.requires_grad for param in model.parameters())
+    model(torch.rand(2, 8))
+    with LayerSelection(train, freeze).apply(model):
+        assert [name for name,param in model.named_parameters() if not param.requires_grad] == freeze
+
 def test_weights_without_values_can_be_masked_before_they_are_loaded():
     "Structure is there on the meta device; magnitudes are not. A mask in force waits for the values."
     plain,mask = net(),SparseMask.magnitude(net(), .5)

@@ -6,7 +6,7 @@
 __all__ = ['TextEncoder', 'class_prompts', 'Origin', 'ClipBackbone']
 
 # %% ../../nbs/clip/20_clip.ipynb #88844196
-import copy, functools, math, warnings
+import contextlib, copy, functools, math, warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,6 +257,17 @@ def _check_prepared(images):
         what = f'{tuple(images.shape)} {images.dtype}'
         raise OpenTransError(f"Images must be a float tensor (B, 3, H, W) with values in [0,1], not {what}.")
 
+@contextlib.contextmanager
+def _large_enough(images, least, name):
+    "Raises `OpenTransError` where a tower fails at images that are smaller than a cell of its last map."
+    try: yield
+    except RuntimeError as error:
+        height,width = images.shape[-2:]
+        if min(height, width) >= least: raise
+        raise OpenTransError(
+            f"The images are {width} x {height} pixels, of which nothing is left for the last map of '{name}'. Give "
+            f"images of at least {least} pixels on each side.") from error
+
 # %% ../../nbs/clip/20_clip.ipynb #97e00bc0
 class _ClipTower(_ClipAbout):
     "The image tower of a CLIP: images go in, the maps of its four stages come out."
@@ -283,21 +294,27 @@ class _ClipTower(_ClipAbout):
         images = images.to(self.mean.dtype)
         return (images-self.mean)/self.std if self.origin.normalize else images
 
+    def _features(self, x):
+        """The maps of images that `prepare` has been at, and what the tower ends with. Raises `OpenTransError` for
+        images that are too small for the tower."""
+        with _large_enough(x, self.strides['res5'], self.name): return self.kind.features(self.visual, x)
+
     def _embed(self, x, regions=None):
         "Embeddings of regions, or of whole images, that `prepare` has been at; not of unit length."
-        last = self.kind.features(self.visual, x)[1]
+        if not len(x): return x.new_zeros(0, self.embed_dim)
+        last = self._features(x)[1]
         grid = last[1] if isinstance(last, tuple) else last.shape[-2:]
         if regions is None:
             everywhere = x.new_ones(1, math.prod(grid))
             weights = [everywhere]*len(x)
-        else: weights = [cell_weights(r, grid) for r in regions]
+        else: weights = [cell_weights(r, grid).to(x) for r in regions]
         return self.kind.pool(self.visual, last, weights)
 
     def forward(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
     )->dict[str, torch.Tensor]: # `'res2'` ... `'res5'`: (B, `channels[k]`, H/`strides[k]`, W/`strides[k]`)
-        "The four maps of the tower."
-        return self.kind.features(self.visual, self.prepare(images))[0]
+        "The four maps of the tower. Raises `OpenTransError` for what is no batch of images, or too small."
+        return self._features(self.prepare(images))[0]
 
 # %% ../../nbs/clip/20_clip.ipynb #a1c72e34
 class _OpenedClip(_ClipTower):
@@ -371,19 +388,16 @@ class _ClipEmbeddings(_OpenedClip):
     def encode_image(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
     )->torch.Tensor: # (B, D), unit length
-        "Embed whole images, of any size."
+        "Embed whole images, of any size that leaves the last map a cell. Raises `OpenTransError` for others."
         embeddings = self._embed(self.prepare(images))
         return F.normalize(embeddings, dim=-1)
-
-    def _last_map(self, images):
-        prepared = self.prepare(images)
-        return self.kind.features(self.visual, prepared)[1]
 
     def dense_embeddings(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
     )->torch.Tensor: # (B, D, h, w), unit length along D; a cell is a patch of a ViT, else `strides['res5']` pixels wide
         "Embed each cell of the last map in the space of the text."
-        cells = self.kind.dense(self.visual, self._last_map(images))
+        last = self._features(self.prepare(images))[1]
+        cells = self.kind.dense(self.visual, last)
         return F.normalize(cells, dim=1)
 
 # %% ../../nbs/clip/20_clip.ipynb #7091e4f5
@@ -394,6 +408,9 @@ def _check_regions(images, regions):
             f"for each image.")
     size = images.shape[2:]
     for i,r in enumerate(regions):
+        if not isinstance(r, torch.Tensor):
+            given = type(r).__name__
+            raise OpenTransError(f"The regions of image {i} are a {given}: give a tensor of masks (N, H, W).")
         if r.ndim != 3 or r.shape[1:] != size:
             given = tuple(r.shape)
             raise OpenTransError(
@@ -487,6 +504,7 @@ class ClipBackbone(_ClipCrops):
         "Embed regions of images in the space of the text. Raises `OpenTransError` for empty or misshapen masks."
         if mode not in ('attention', 'crop', 'tight'):
             raise unknown('mode of region embeddings', mode, ['attention', 'crop', 'tight'])
+        _check_prepared(images)
         if regions is None:
             everything = torch.ones(1, *images.shape[2:], dtype=torch.bool, device=images.device)
             regions = [everything]*len(images)

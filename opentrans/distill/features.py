@@ -14,7 +14,7 @@ from ..clip.backbone import ClipBackbone
 from .teaching import _training, find_backbone, precision_of
 from ..errors import check_number, none_if_off, OpenTransError, unknown
 from ..files import check_finite, checksum
-from ..runtime import device_of, progress
+from ..runtime import device_of, eval_mode, progress
 
 # %% ../../nbs/clip/23c_features.ipynb #d72e6bf6
 def _cosine(student, teacher): return 1-F.cosine_similarity(student, teacher, dim=1).mean()
@@ -75,6 +75,7 @@ class FeatureTrainer:
             raise unknown('batch_norm', self.batch_norm, ['train', 'frozen'])
         check_number('iterations', self.iterations, 1, 10**9, whole=True)
         check_number('lr', self.lr, 1e-12, 1e3)
+        if self.clip_grad is not None: check_number('clip_grad', self.clip_grad, 0, 1e12)
         self.clip = find_backbone(self.clip)
         self.teacher = self.clip.fresh_copy().requires_grad_(False).eval()
         for stage in self.stages:
@@ -100,10 +101,13 @@ class FeatureTrainer:
         seed:int=0, # Of their order
     ): # Yields the loss of each, with its graph
         """The loss on some batches without training, for criteria that look at data. At the teacher's own weights
-        it is zero, and so is its gradient."""
+        it is zero, and so is its gradient. The model is looked at in eval mode, and not changed."""
         backbone = find_backbone(model)
+        device = device_of(backbone)
+        self.teacher.to(device)
         for _,images in zip(range(n), self._endless(seed)):
-            yield self._loss(backbone, images.to(device_of(backbone)))
+            with eval_mode(backbone), torch.enable_grad(): loss = self._loss(backbone, images.to(device))
+            yield loss
 
     def _endless(self, seed):
         "Batches for ever, in another order each time around."

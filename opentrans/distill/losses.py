@@ -66,6 +66,7 @@ def released_terms(
     maskformer_model_voca_dense_kd.py): squared distances of student and teacher, and squared differences of
     cosines for all pairs."""
     _check_rows(v=v, r=r, t=t)
+    v,r,t = _full(v),_full(r),_full(t)
     t = t*scale
     apart = (t @ t.T) - (v @ r.T)
     pairs = apart.square().flatten()

@@ -23,7 +23,7 @@ from .teacher import _is_table, _PENDING, TeacherStore
 from ..errors import check_number, DamagedFile, none_if_off, OpenTransError, shorten, unknown
 from ..files import check_finite, checksum, digest_of
 from ..processes import Processes
-from ..runtime import device_of, to_device
+from ..runtime import device_of, eval_mode, to_device
 
 # %% ../../nbs/clip/23a_teaching.ipynb #50690d16
 LOSSES = {'tgkd': tgkd_loss, 'vgkd': lambda v, r, t: vgkd_loss(v, r), 'released': released_loss}
@@ -170,7 +170,8 @@ class _TrainerSettings:
         # what imp saves with a mask
         self.settings: dict[str, Any] = {name: _plain_setting(value) for name,value in self._told().items()}
         data = getattr(self.data, 'name', type(self.data).__name__)
-        self.settings.update(data=data, images=len(self.data), order=self.seed, names=digest_of(names)[:16])
+        order = _plain_setting(self.seed)
+        self.settings.update(data=data, images=len(self.data), order=order, names=digest_of(names)[:16])
         weights = checksum(self.teacher.state_dict(), {})
         self.settings['teacher'] = weights[7:23] # behind 'sha256:'
 
@@ -506,10 +507,10 @@ class _TrainerLoss(_TrainerStore):
         loss = LOSSES.get(self.loss, self.loss) if isinstance(self.loss, str) else self.loss
         r = self._teach(batch, device)
         t = text[batch['classes'].to(device)]
-        v = self._student(backbone, batch, device)
+        v = self._student(backbone, batch, device).float()
         if team and team.n > 1:
             parts = batch['parts']
-            v = team.all_rows(v.float(), parts)
+            v = team.all_rows(v, parts)
             r = team.all_rows(r, parts)
         self._keep_rows(batch['every'], r)
         if self.pairs == 'batch': return loss(v, r, t)
@@ -539,21 +540,24 @@ class _TrainerLoss(_TrainerStore):
 @contextlib.contextmanager
 def _training(model, backbone, batch_norm, freeze):
     """Train mode and gradients for a round, of a model that holds the backbone; afterwards every module and
-    parameter is as it was. Yields the parameters that learn."""
+    parameter is as it was. Yields the parameters that learn. Raises `OpenTransError` if there is none."""
     modes = [(module, module.training) for module in model.modules()]
     learned = [(param, param.requires_grad) for param in model.parameters()]
     modules = dict(backbone.visual.named_modules())
     for name in freeze:
-        if name not in modules:
-            children = [child for child,_ in backbone.visual.named_children()]
-            raise unknown('module to freeze', name, children)
-        modules[name].requires_grad_(False)
+        if name in modules: continue
+        children = [child for child,_ in backbone.visual.named_children()]
+        raise unknown('module to freeze', name, children)
+    for name in freeze: modules[name].requires_grad_(False)
     model.train()
     for name in freeze: modules[name].eval()
     if batch_norm == 'frozen':
         for module in backbone.modules():
             if isinstance(module, BATCH_NORMS): module.eval()
-    try: yield [param for param in model.parameters() if param.requires_grad]
+    try:
+        learning = [param for param in model.parameters() if param.requires_grad]
+        if not learning: raise OpenTransError("No parameter is left to learn: all are frozen. Freeze fewer.")
+        yield learning
     finally:
         for module,was in modes: module.training = was
         for param,was in learned:
@@ -597,7 +601,8 @@ class _TrainerLosses(_TrainerLoss):
         n:int=16, # Number of batches
         seed:int=0, # Of their order, of any size
     )->Iterator[torch.Tensor]: # The distillation loss of each, with its graph
-        "The loss on some batches without training: by which criteria such as SNIP score weights (`SparseMask.by`)."
+        """The loss on some batches without training: by which criteria such as SNIP score weights (`SparseMask.by`).
+        The model is looked at in eval mode."""
         check_number('n', n, 1, whole=True)
         check_number('seed', seed, 0, whole=True)
         backbone = find_backbone(model)
@@ -605,4 +610,7 @@ class _TrainerLosses(_TrainerLoss):
         prompts = class_prompts(self.data.vocabulary)
         text = self.clip.text(prompts, device)
         stream = _Stream(self, seed)
-        for _ in range(n): yield self._loss(backbone, next(stream), text, device)
+        for _ in range(n):
+            batch = next(stream)
+            with eval_mode(backbone), torch.enable_grad(): loss = self._loss(backbone, batch, text, device)
+            yield loss

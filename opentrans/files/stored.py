@@ -116,7 +116,7 @@ def atomic_path(
     except OSError as error:
         raise _place_error(f"Cannot make the folder '{path.parent}': {error.strerror}. Choose another place.",
                            error) from error
-    if path.is_dir(): raise OpenTransError(f"Cannot write '{shown}': it is a folder. Give the name of a file.")
+    if os.path.isdir(path): raise OpenTransError(f"Cannot write '{shown}': it is a folder. Give the name of a file.")
     _sweep_once(path.parent)
     try: handle, part = _open_part(path)
     except (OSError, ValueError) as error:
@@ -125,7 +125,7 @@ def atomic_path(
     try:
         yield part
         _flush(part)
-        if path.exists(): os.chmod(part, stat.S_IMODE(path.stat().st_mode))
+        if os.path.exists(path): os.chmod(part, stat.S_IMODE(path.stat().st_mode))
         os.replace(part, path)
         _flush(path.parent)
     except OSError as error: raise _write_error(shown, error) from error
@@ -202,6 +202,10 @@ def check_shape(
 
 def _no_constant(name): raise ValueError(f'{name} is no number of JSON')
 
+def _whole_number(digits):
+    if len(digits.lstrip('-')) >= 20: raise ValueError('it holds a whole number of 20 digits or more')
+    return int(digits)
+
 def parse_json(
     text:str, # A text
     what:str='the text', # What it is, for the message, for example "'mask.json'"
@@ -210,8 +214,9 @@ def parse_json(
 ): # What it says
     "Read a text as JSON and check its shape. Raises `FormatError` for anything else, however malformed."
     try:
-        if re.search(r'(?<![\d."])\d{20,}', text): raise ValueError('it holds a whole number of 20 digits or more')
-        value = json.loads(text, parse_constant=float if constants else _no_constant)
+        # a function of ours takes its time for each number; most texts need none, and in texts such digits may stand
+        parse_int = _whole_number if re.search(r'\d{20}', text) else int
+        value = json.loads(text, parse_constant=float if constants else _no_constant, parse_int=parse_int)
         # half a character cannot be shown or saved
         if '\\ud' in text.lower(): json.dumps(value, ensure_ascii=False).encode()
     except RecursionError: raise FormatError(f"{what} is nested too deeply to be read.") from None
@@ -384,6 +389,11 @@ def _own_memory(tensors):
     seen = set()
     own = {}
     for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            kind = type(tensor).__name__
+            raise OpenTransError(f"'{name}' is a {kind}: a tensor file holds nothing but tensors, by their names.")
+        if tensor.layout != torch.strided:
+            raise OpenTransError(f"'{name}' is stored as {tensor.layout}: make it a dense tensor first.")
         if tensor.is_meta:
             raise OpenTransError(
                 f"'{name}' has no values (its device is meta), so it cannot be saved. Load the weights first.")
