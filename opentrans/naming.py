@@ -146,9 +146,10 @@ def find_names(
 
 def inside(
     name:str, # Name of a layer
-    modules:Iterable[str], # Names of modules, their paths, or patterns of whole names such as `'layer4.*'`
+    modules:str|Iterable[str], # Names of modules, their paths, or patterns of whole names such as `'layer4.*'`; or one
 )->bool:
     "Does a layer lie under one of some modules, wherever they stand, or match a pattern as a whole?"
+    if isinstance(modules, str): modules = (modules,)
     parents = name.split('.')[:-1]
     for module in modules:
         if module in parents or name.startswith(f'{module}.'): return True

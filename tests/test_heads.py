@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 from opentrans.errors import OpenTransError
-from opentrans.pruning import FewerHeads, imp, SparseMask
+from opentrans.pruning import FewerHeads, imp, slim_model, SparseMask
+from fake_cuda import pretended_cuda, values_of
 from test_pruning import tiny_vit
-from test_sparse import far, small_net
+from test_sparse import far, lively, small_net
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -88,3 +89,56 @@ def test_errors_say_what_to_do():
     with pytest.raises(OpenTransError, match='no attention'): SparseMask.heads(small_net(True), .5)
     odd = copy.deepcopy(tiny_vit())
     assert SparseMask.heads(odd, 1.).density == 1
+
+def dead_bottlenecks():
+    "Bottlenecks in which channels without weights are constants that a layer of one pixel reads."
+    class Bottleneck(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)
+            self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+            self.conv3, self.relu = nn.Conv2d(6, 8, 1, bias=False), nn.ReLU()
+        def forward(self, x):
+            y = self.relu(self.bn1(self.conv1(x)))
+            return x + self.conv3(self.relu(self.bn2(self.conv2(y))))
+    torch.manual_seed(0)
+    net = lively(nn.Sequential(nn.Conv2d(3, 8, 3), Bottleneck()), 0).eval()
+    net[1].conv2.weight[:3] = 0
+    net[1].bn2.bias[:3] = .7
+    return net
+
+@pytest.mark.parametrize('dtype,tolerance', [(torch.float64, 1e-9), (torch.bfloat16, .02), (torch.float16, .002)])
+@torch.no_grad()
+def test_constants_in_other_types(dtype, tolerance):
+    net, x = dead_bottlenecks().to(dtype), torch.randn(1, 3, 9, 7, dtype=dtype)
+    small = slim_model(net)
+    assert small[1].conv3.in_channels == 3 and far(small(x).double(), net(x).double()) < tolerance
+
+@torch.no_grad()
+def test_constants_on_a_gpu():
+    "The zeros that stand for an absent bias are where the weights are."
+    want = slim_model(dead_bottlenecks())[1].conv3.bias
+    with pretended_cuda() as mode:
+        net = dead_bottlenecks()
+        for module in net.modules():
+            for name, p in module._parameters.items():
+                if p is not None: module._parameters[name] = nn.Parameter(mode.pretend(p.data))
+            for name, t in module._buffers.items(): module._buffers[name] = mode.pretend(t)
+        bias = slim_model(net)[1].conv3.bias
+        assert bias.device.type == 'cuda' and far(values_of(bias), want) < 1e-6
+
+@pytest.mark.parametrize('heads', [2, 3])
+@pytest.mark.parametrize('first', [True, False])
+@torch.no_grad()
+def test_a_sequence_alone_and_what_is_refused(first, heads):
+    whole = nn.MultiheadAttention(12, heads, batch_first=first).eval()
+    size = 12//heads
+    whole.out_proj.weight[:, :size] = 0
+    few, x = FewerHeads(whole, torch.arange(12) >= size), torch.randn(5, 12)
+    mask = torch.randn(5, 5)
+    for given in (None, mask):
+        want = whole(x, x, x, attn_mask=given, need_weights=False)[0]
+        assert few(x, x, x, attn_mask=given)[0].shape == x.shape and far(few(x, x, x, attn_mask=given)[0], want) < 1e-5
+    with pytest.raises(OpenTransError, match='heads that are left'):
+        few(x, attn_mask=mask.expand(heads, 5, 5))
+    with pytest.raises(OpenTransError, match='is_causal'): few(x, is_causal=True)

@@ -9,7 +9,9 @@ from torch import nn
 from opentrans.errors import OpenTransError
 from opentrans.files import save_tensors
 from opentrans.files import pack_bits
-from opentrans.pruning import SparseMask, export_onnx, imp, load_baked, prunable, transfer_checkpoint
+from opentrans.core import layers
+from opentrans.pruning import (
+    cubic_schedule, SparseMask, export_onnx, imp, load_baked, prunable, transfer_checkpoint)
 from forked import python, two_processes
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -418,3 +420,47 @@ def test_onnx_gives_equal_output(tmp_path):
     from onnx import numpy_helper
     ws = [numpy_helper.to_array(t) for t in onnx.load(str(tmp_path/'net.onnx')).graph.initializer]
     assert any(w.ndim == 4 and (w == 0).mean() > .5 for w in ws)               # the zeros are in the file
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_what_onnxruntime_cannot_run_is_told(tmp_path, dtype):
+    for p in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(p)
+    net, x = small().to(dtype), torch.randn(1, 3, 8, 8, dtype=dtype)
+    with pytest.raises(OpenTransError, match='onnxruntime cannot run it'): export_onnx(net, tmp_path/'net.onnx', x)
+    with pytest.raises(OpenTransError, match='channels') as told: export_onnx(net, tmp_path/'o.onnx', x[:, :2])
+    assert '\x1b' not in str(told.value)
+
+def test_one_pattern_is_one_pattern():
+    "A text is not read letter by letter, where a star would mean every layer."
+    net = small()
+    names = [layer.name for layer in prunable(net)]
+    assert [layer.name for layer in prunable(net, only=names[-1])] == names[-1:]
+    assert SparseMask.magnitude(net, .5, only=f'{names[-1][:2]}*').names == names[-1:]
+
+def test_a_criterion_of_ones_own_covers_what_is_asked_for():
+    net = small()
+    names = [layer.name for layer in prunable(net)]
+    def score(model): return {layer.name: layer.weight.detach().abs() for layer in layers(model)}
+    assert SparseMask.by(score, net, .5, only=names[-1]).names == names[-1:]
+    with pytest.raises(OpenTransError, match='no scores'): SparseMask.by(lambda model: {}, net, .5)
+    with pytest.raises(OpenTransError, match='shape'):
+        SparseMask.by(lambda model: dict.fromkeys(names, torch.ones(3)), net, .5)
+    with pytest.raises(OpenTransError, match='Unknown scope'):
+        SparseMask.magnitude(net, dict.fromkeys(names, .5), scope='row')
+
+@pytest.mark.parametrize('losses', [lambda net: [], lambda net: None, lambda net: [1.], lambda net: [torch.ones(())],
+                                    lambda net: [net(torch.ones(2, 3, 8, 8))], [torch.ones(2, 3, 8, 8)], None])
+@pytest.mark.parametrize('criterion', ['snip', 'sensitivity'])
+def test_losses_that_are_none(criterion, losses):
+    with pytest.raises(OpenTransError, match='yields one scalar loss a batch'):
+        SparseMask.by(criterion, small(), .5, losses)
+
+def test_a_number_too_large_for_the_file(tmp_path):
+    net = small().double()
+    name = SparseMask.ones(net).names[-1]
+    with torch.no_grad(): net.get_parameter(name).view(-1)[0] = 1e39
+    with pytest.raises(OpenTransError, match='finite'): SparseMask.ones(net).bake(net, tmp_path/'net', torch.float32)
+    assert SparseMask.ones(net).bake(net, tmp_path/'net', torch.float64)['ratio'] > 1
+
+@pytest.mark.parametrize('rounds', [0, 2.5, '3'])
+def test_rounds_of_a_cubic_schedule(rounds):
+    with pytest.raises(OpenTransError, match='rounds'): cubic_schedule(.1, rounds)

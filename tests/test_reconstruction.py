@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
+from opentrans.core import layers
 from opentrans.errors import OpenTransError
 from opentrans.pruning import (
-    alps, Budget, fit_densities, Inputs, input_grams, layer_densities, output_error, prunable, reconstruct, refit,
-    solve_on_support, SparseMask, sparsegpt, wanda)
+    alps, Budget, fit_densities, go_over, Inputs, input_grams, input_rows, layer_densities, output_error, prunable,
+    reconstruct, refit, solve_on_support, SparseMask, sparsegpt, wanda, weight_rows)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 few = settings(max_examples=20, deadline=None)
@@ -497,3 +498,30 @@ def test_layers_that_cannot_be_seen_are_told(images):
     with pytest.raises(OpenTransError, match='not seen as rows.*up.weight'): reconstruct(Odd(), images, .3)
     with pytest.raises(OpenTransError, match='never used.*idle.weight'):
         reconstruct(Odd(), images, .3, skip=('up',))
+
+@torch.no_grad()
+@pytest.mark.parametrize('size,stride,dilation,groups',
+                         [((9, 10), 2, 1, 1), ((7, 13), (1, 1), 2, 2), ((1, 5), 3, 1, 4)])
+def test_rows_of_a_convolution_that_pads_by_the_size_of_the_image(size, stride, dilation, groups):
+    Conv2dSame = pytest.importorskip('timm.layers').Conv2dSame
+    conv = Conv2dSame(4, 8, 3, stride, dilation=dilation, groups=groups, bias=False)
+    x = torch.randn(2, 4, *size)
+    layer, = layers(nn.Sequential(conv))
+    parts = zip(input_rows(layer, x), weight_rows(layer, conv.weight))
+    ours = torch.cat([rows @ weights.T for rows,weights in parts], -1)
+    theirs = conv(x).permute(0, 2, 3, 1).flatten(0, 2)
+    torch.testing.assert_close(ours, theirs)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_sums_of_squares_too_large_for_half_precision(dtype):
+    "The same weights stay as in float64."
+    weights = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = correlated(4000, 16)*torch.linspace(1, 30, 16)
+    inputs = Inputs((x.T @ x).double()[None])
+    new,kept = wanda(weights, inputs, Budget(.5, 'output'))
+    assert kept.equal(wanda(weights.double(), inputs, Budget(.5, 'output'))[1]) and new.dtype == dtype
+
+@pytest.mark.parametrize('show,says', [(lambda net: None, 'yield'), (lambda net: iter(()), 'no images')])
+def test_a_function_that_shows_nothing(show, says):
+    with pytest.raises(OpenTransError, match=says): go_over(network(), show)
+    with pytest.raises(OpenTransError, match=says): reconstruct(network(), show, .3)

@@ -281,10 +281,27 @@ def test_new_weights_are_seen():
 def test_errors_say_what_to_do():
     with pytest.raises(OpenTransError, match='eval'):
         sparse.compile(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(OpenTransError, match='eval'): sparse.compile(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout2d()))
     with pytest.raises(OpenTransError, match='threads'): sparse.compile(nn.Conv2d(3, 3, 1).eval(), threads=0)
+    with pytest.raises(OpenTransError, match='kernels'): sparse.compile(nn.Conv2d(3, 3, 1).eval(), kernels='sparse')
     with pytest.raises(OpenTransError, match='model'): sparse.compile('RN50')
     with pytest.raises(OpenTransError, match='8 or 16'): Machine.of_width(3)
     with pytest.raises(OpenTransError, match='sparse-4'): kernel_text('winograd-4')
+
+@torch.no_grad()
+def test_a_dropout_in_training_mode_drops_out():
+    "Also after a call in eval mode, when the plan is there."
+    net = sparse.compile(thinned(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(.5)), .2).eval())
+    x = torch.randn(1, 3, 20, 20)
+    whole = net(x)
+    assert .3 < (net.train()(x) == 0).float().mean() < .7 and net.eval()(x).equal(whole)
+
+def test_a_part_called_visual_is_no_backbone():
+    "Its layers keep their names."
+    net = nn.Module()
+    net.visual = nn.Sequential()
+    net.visual.add_module('net', nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    assert sparse.supported(net.eval()).engine.to_dict() == {'visual.net.0': True, 'visual.net.1': True}
 
 # masks, backbones
 

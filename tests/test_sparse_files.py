@@ -169,3 +169,26 @@ def test_damaged_files_are_refused_or_harmless(tmp_path):
     SparseMask.magnitude(net, .3).bake(net, path)
     x = torch.randn(1, 3, 16, 16)
     check_reader(path, lambda _, place: sparse.load(place)(x), same=lambda out: out.numpy().tobytes(), count=60)
+
+@pytest.mark.parametrize('out,is_told', [(lambda y, z: (dict(res2=y), z), False),
+                                         (lambda y, z: (dict(res2=y), dict(res3=z)), False),
+                                         (lambda y, z: dict(res3=z, res2=y), True), (lambda y, z: (z, y), True)])
+@torch.no_grad()
+def test_what_a_file_gives_is_what_the_model_gave(tmp_path, out, is_told):
+    "A pair of maps and one more stays a pair: only of a backbone the maps alone are given."
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.second = nn.Conv2d(8, 4, 1)
+        def forward(self, x):
+            y = self.first(x).relu()
+            return out(y, self.second(y))
+    net, path = Maps().eval(), tmp_path/'maps.safetensors'
+    SparseMask.magnitude(net, .5).bake(net, path)
+    x = torch.randn(1, 3, 9, 6)
+    if is_told: found = sparse.load(path)(x)
+    else:
+        with pytest.raises(OpenTransError, match='load\\(path, model\\)'): sparse.load(path)
+        found = sparse.load(path, Maps().eval())(x)
+    torch.testing.assert_close(found, net(x))

@@ -1,12 +1,13 @@
 """The clock: engines in turns, layer by layer, and the command `speed`. No time is compared with another: that is a
 benchmark's task."""
-import json
+import json, sys
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from opentrans import sparse
 from opentrans.errors import OpenTransError
-from opentrans.pruning import SparseMask
+from opentrans.pruning import clock_prices, SparseMask
 from test_cli import fails, opentrans
 from test_sparse import own_cache, small_net # noqa: F401 (a fixture)
 
@@ -74,3 +75,47 @@ def test_errors_of_the_command(tmp_path):
                         (('--engines', 'abacus'), 'engine'),
                         (('--mask', tmp_path/'none'), 'none')):
         assert word in fails('speed', *flags)
+
+class Shared(nn.Module):
+    "A layer that is used twice, and one behind it in another region."
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 4, 1)
+    def forward(self, x):
+        x = self.twice(self.twice(self.first(x)).relu())
+        return self.last(torch.sin(x))
+
+def test_a_layer_that_is_used_twice_is_one_row():
+    table = sparse.layer_times(Shared().eval(), size=(12, 10), seconds=.01)
+    assert table.index.is_unique and {*table.index} == {'first', 'twice', 'last'}
+    row = table.loc['twice']
+    assert row.weights == 576 and row.multiply_adds == 2*576*120
+    prices = clock_prices(Shared().eval(), (12, 10), seconds=.05)
+    assert [*prices] == ['twice.weight', 'last.weight'] and min(prices.values()) > 0
+
+def test_seconds_are_for_all_regions_together(monkeypatch):
+    given = []
+    def told(plan, seconds):
+        given.append(seconds)
+        return pd.Series(1., [name for name, _ in plan.parts()]).groupby(level=0).sum()
+    monkeypatch.setattr(sys.modules['opentrans.sparse.speed'], '_milliseconds_by_name', told)
+    sparse.layer_times(Shared().eval(), size=(12, 10), seconds=.4)
+    assert given == pytest.approx([.1]*4)
+
+def test_images_of_a_size_that_a_model_does_not_take():
+    from test_heads import timm_vit
+    with pytest.raises(OpenTransError, match="doesn't match model .*another size"):
+        sparse.layer_times(timm_vit(), size=(24, 16))
+    with pytest.raises(OpenTransError, match='another size'), pytest.warns(UserWarning):
+        sparse.speed(timm_vit(), sizes=[(24, 16)])
+    with pytest.raises(OpenTransError, match='another size'): clock_prices(timm_vit())
+    for wrong in (8, (8,), (0, 8)):
+        with pytest.raises(OpenTransError, match='size|side'): sparse.layer_times(Shared().eval(), size=wrong)
+    with pytest.raises(OpenTransError, match='size'): sparse.speed(Shared().eval(), sizes=(8, 8))
+
+def test_the_difference_of_every_engine_is_measured():
+    table = sparse.speed(Shared().eval(), sizes=[(12, 10)], seconds=.01).set_index('engine')
+    assert table.error['torch'] == 0 and 0 < table.error['ours'] < 1e-5
+    if 'onnxruntime' in table.index: assert 0 < table.error['onnxruntime'] < 1e-5

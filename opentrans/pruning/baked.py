@@ -60,8 +60,8 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def _spoilt(stored, was):
     "Does a tensor hold NaN, or infinity where it was finite? Infinity itself may be meant, as in attention masks."
     if not stored.is_floating_point(): return False
-    stored = stored.float()
-    was = was.float()
+    stored = stored.double()
+    was = was.double()
     overflows = stored.isinf() & was.isfinite()
     bad = stored.isnan() | overflows
     return bool(bad.any())
@@ -126,7 +126,7 @@ def export_onnx(
     check:bool=True, # Run the file in onnxruntime and compare?
 )->float: # Largest absolute difference of the outputs; NaN without a check, or if one of them is
     """Export a model to ONNX and measure that it computes the same. Raises `OpenTransError` if a package is
-    missing, or the model cannot be exported."""
+    missing, the model cannot be exported, or onnxruntime cannot run the file."""
     for name in ('onnx', 'onnxscript'): optional(name, 'onnx', 'ONNX export')
     if check: optional('onnxruntime', 'onnx', 'checking an ONNX file')
     args = example if isinstance(example, tuple) else (example,)
@@ -140,21 +140,31 @@ def _write_onnx(model, args, path):
         try: torch.onnx.export(model, args, str(path), dynamo=True, external_data=False, verbose=False)
         except torch.onnx.OnnxExporterError as error:
             name = type(unwrap(model)).__name__
-            why = shorten(str(error).splitlines()[0])
+            told = str(error.__cause__ or error) # the exporter's own words are about its steps
+            why = shorten(told.splitlines()[0])
             raise OpenTransError(f"{name} cannot be exported to ONNX: {why}.") from error
 
 def _arrays_of(out):
     "The tensors of an output as arrays of doubles."
     return [t.cpu().double().numpy() for t in _leaves(out)]
 
-def _onnx_difference(model, path, args):
-    "The largest difference between the outputs of a model and of its ONNX file."
+# %% ../../nbs/01f_baked.ipynb #116ef1f4
+def _run_onnx(path, args):
+    "The outputs of an ONNX file as arrays."
     import onnxruntime
     run = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    ours = _arrays_of(model(*args))
     places = run.get_inputs()
     given = {place.name: arg.cpu().numpy() for place,arg in zip(places, args)}
-    theirs = run.run(None, given)
+    return run.run(None, given)
+
+def _onnx_difference(model, path, args):
+    "The largest difference between the outputs of a model and of its ONNX file."
+    ours = _arrays_of(model(*args))
+    try: theirs = _run_onnx(path, args)
+    except Exception as error: # its errors have no class in common
+        why = shorten(error, 160).rstrip('. ')
+        raise OpenTransError(f"'{path}' is written, and onnxruntime cannot run it: {why}. Export a model in float32, "
+                             "or without the check.") from error
     if len(ours) != len(theirs):
         raise OpenTransError(f"The ONNX file gives {len(theirs)} outputs, the model {len(ours)}. "
                              "Give another example.")
@@ -167,6 +177,7 @@ def _onnx_difference(model, path, args):
 # %% ../../nbs/01f_baked.ipynb #dff8eef4
 def _leaves(out):
     "The tensors of an output, in the order in which an exporter lists them."
+    if out is None: return []
     if isinstance(out, torch.Tensor): return [out]
     parts = out.values() if isinstance(out, dict) else out
     return [t for part in parts for t in _leaves(part)]

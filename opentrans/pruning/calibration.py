@@ -18,12 +18,17 @@ from ..core import CONVS, Layer
 from ..errors import OpenTransError, shorten, unknown
 from .places import prunable
 from ..runtime import device_of, eval_mode
+from ..sparse.regions import needed_pads, pads_as_needed
 
 # %% ../../nbs/01h_calibration.ipynb #aefd9359
 def _windows(x, conv):
     "(B, C, *places, *kernel): what a convolution sees at each place, as a view of the padded input."
     mode = 'constant' if conv.padding_mode == 'zeros' else conv.padding_mode
-    x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    padding = conv._reversed_padding_repeated_twice
+    if pads_as_needed(conv):
+        up, down, left, right = needed_pads(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation)
+        padding = (left, right, up, down)
+    x = F.pad(x, padding, mode=mode)
     sizes = zip(conv.kernel_size, conv.stride, conv.dilation)
     for axis,(size, stride, dilation) in enumerate(sizes, start=2):
         reach = dilation*(size-1)+1
@@ -239,6 +244,23 @@ def check_batches(
     raise OpenTransError(f"The batches are {given}: give a list or a loader of images, "
                          "or a function of the model that yields after each batch.")
 
+def _run_over(model, batches):
+    "Run a model over batches of images, and count these."
+    seen = 0
+    for batch in batches:
+        images = _image_of(batch).to(device_of(model))
+        seen += len(images)
+        with contextlib.suppress(_Enough): model(images)
+    return seen
+
+def _count_shown(told):
+    "How many batches a function has shown, by what it gives. Raises `OpenTransError` if that cannot be counted."
+    if isinstance(told, torch.Tensor): return 1
+    if hasattr(told, '__iter__'): return sum(1 for _ in told)
+    given = type(told).__name__
+    raise OpenTransError(f"The function that shows batches gives a {given}: let it yield after each batch.")
+
+# %% ../../nbs/01h_calibration.ipynb #f305bb57
 def go_over(
     model:nn.Module, # Any model; it is run as `model(images)`
     # A list or a loader of batches, or a function of the model that yields after each
@@ -246,16 +268,9 @@ def go_over(
 )->int: # The number of images, or of batches if a function shows them
     "Run a model over batches, in evaluation mode and without gradients. Raises `OpenTransError` if there are none."
     check_batches(batches)
-    seen = 0
     with eval_mode(model):
-        if callable(batches):
-            told = batches(model)
-            if isinstance(told, torch.Tensor): return 1
-            return sum(1 for _ in told)
-        for batch in batches:
-            images = _image_of(batch).to(device_of(model))
-            seen += len(images)
-            with contextlib.suppress(_Enough): model(images)
+        if callable(batches): seen = _count_shown(batches(model))
+        else: seen = _run_over(model, batches)
     if not seen: raise OpenTransError("There are no images to look at: the batches are empty.")
     return seen
 

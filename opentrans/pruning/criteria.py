@@ -81,23 +81,26 @@ def _threads_info():
     "For the info of a mask: the number of threads, as sums are rounded otherwise by another number of them."
     return dict(threads=torch.get_num_threads())
 
-def _scores(criterion, mask, model, losses=None, wanted=None, **kwargs):
-    """Scores of the masked weights, by a criterion. Raises `OpenTransError` if it leaves a layer out, or gives
-    another shape."""
-    # the same scores, without another search for the prunable layers
-    if criterion is weight_magnitude: return {name: _magnitude(weight) for name,weight in mask.weights(model).items()}
+def _scores_of(shapes, criterion, model, losses=None, wanted=None, **kwargs):
+    """Scores of the weights of layers whose shapes are given by name, by a criterion. Raises `OpenTransError` if it
+    leaves a layer out, or gives another shape."""
     scores = _ask_criterion(criterion, model, losses, wanted, **kwargs)
-    lacking = [name for name in mask.names if name not in scores]
+    lacking = [name for name in shapes if name not in scores]
     if lacking:
         first = ', '.join(lacking[:6])
         raise OpenTransError(f"The criterion gives no scores for {len(lacking)} layers: {first}.")
-    shapes = mask.shapes
-    odd = [name for name in mask.names if tuple(scores[name].shape) != shapes[name]]
+    odd = [name for name,shape in shapes.items() if tuple(scores[name].shape) != shape]
     if odd:
         first = ', '.join(odd[:6])
         raise OpenTransError("The criterion's scores do not have the shape of the weights of "
                              f"{len(odd)} layers: {first}.")
-    return {name: scores[name] for name in mask.names}
+    return {name: scores[name] for name in shapes}
+
+def _scores(criterion, mask, model, losses=None, wanted=None, **kwargs):
+    "Scores of the masked weights, by a criterion."
+    # the same scores, without another search for the prunable layers
+    if criterion is weight_magnitude: return {name: _magnitude(weight) for name,weight in mask.weights(model).items()}
+    return _scores_of(mask.shapes, criterion, model, losses, wanted, **kwargs)
 
 # %% ../../nbs/01d_criteria.ipynb #dd9008f1
 @contextlib.contextmanager
@@ -113,16 +116,31 @@ def _gradients_on(model, params):
         for param,learned in zip(params, before): param.requires_grad_(learned)
         for module,training in modes.items(): module.training = training
 
+def _each_loss(losses, model):
+    "The losses that a function of the model gives, one a batch. Raises `OpenTransError` for anything else."
+    advice = "give losses, a function of the model that yields one scalar loss a batch."
+    if losses is None: raise OpenTransError(f"This criterion looks at data: {advice}")
+    if not callable(losses): raise OpenTransError(f"The losses are a {type(losses).__name__}: {advice}")
+    told = losses(model)
+    if isinstance(told, torch.Tensor): told = [told]
+    if not hasattr(told, '__iter__'): raise OpenTransError(f"The losses give a {type(told).__name__}: {advice}")
+    count = 0
+    for loss in told:
+        is_scalar = isinstance(loss, torch.Tensor) and loss.numel() == 1
+        if not (is_scalar and loss.requires_grad):
+            kind = f'tensor of shape {tuple(loss.shape)}' if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise OpenTransError(f"A loss is a {kind}, not one number with a gradient: {advice}")
+        count += 1
+        yield loss
+    if not count: raise OpenTransError(f"There are no losses to look at: {advice}")
+
+# %% ../../nbs/01d_criteria.ipynb #38783767
 def _gradients(found, model, losses):
     "For each loss, the gradients of the layers' weights; the model is in eval mode, and nothing is left changed."
-    if losses is None:
-        raise OpenTransError("This criterion looks at data: give losses, a function of the model that yields one "
-                             "scalar loss a batch.")
     param_of = {id(layer.param): layer.param for layer in found}
     params = list(param_of.values())
     with _gradients_on(model, params), torch.enable_grad():
-        batches = losses(model)
-        for loss in [batches] if isinstance(batches, torch.Tensor) else batches:
+        for loss in _each_loss(losses, model):
             grads = torch.autograd.grad(loss, params, allow_unused=True)
             whole = {id(param): torch.zeros_like(param) if grad is None else grad
                      for param,grad in zip(params, grads)}
@@ -155,7 +173,7 @@ def sensitivity(
     losses:Callable|None=None, # Function of the model that yields one scalar loss a batch
     **kwargs, # As for `prunable`
 )->dict[str, torch.Tensor]: # Name of the layer -> scores of its weights
-    "|w| x the root of the mean squared gradient over batches. Raises `OpenTransError` without losses."
+    "|w| x the root of the sum of squared gradients of batches. Raises `OpenTransError` without losses."
     found = prunable(model, **kwargs)
     gradients = _gradients(found, model, losses)
     total = _summed(gradients, lambda grad: grad.abs().square())

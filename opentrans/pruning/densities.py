@@ -164,7 +164,8 @@ def alpha_densities(model, found, density, batches=None,
 def clock_densities(model, found, density, batches=None):
     """What each layer keeps when all weights compete by |w| over the square root of
     what a weight costs in time here (`clock_prices`). Raises `OpenTransError` where the engine runs no layer."""
-    measured = clock_prices(model)
+    names = [layer.name for layer in found]
+    measured = clock_prices(model, skip_first=False, skip=(), only=names)
     scores = _absolute(found)
     prices = {name: measured.get(name, 1.) for name in scores}
     worth = _worth(scores, prices)

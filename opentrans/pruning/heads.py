@@ -111,8 +111,11 @@ class FewerHeads(nn.Module):
         "A mask as torch's attention takes it: (queries, keys), or one for each image and head."
         if mask is None: return None
         if mask.dtype == torch.bool: mask = ~mask
-        per_head = (batch, self.num_heads)
-        return mask.unflatten(0, per_head) if mask.ndim == 3 else mask
+        if mask.ndim != 3: return mask
+        if len(mask) != batch*self.num_heads:
+            raise OpenTransError(f"There are {len(mask)} masks of attention for {batch} sequences and {self.num_heads} "
+                                 "heads that are left: give one for each sequence and head, or one for all.")
+        return mask.unflatten(0, (batch, self.num_heads))
 
     def forward(self, query:torch.Tensor, key:torch.Tensor|None=None, value:torch.Tensor|None=None,
                 key_padding_mask:torch.Tensor|None=None, need_weights:bool=False,
@@ -121,7 +124,12 @@ class FewerHeads(nn.Module):
         sees_others = any(x is not None and x is not query for x in (key, value))
         if sees_others or key_padding_mask is not None:
             raise OpenTransError("An attention with fewer heads looks at its own sequence, without padding.")
-        x = query if self.batch_first else query.transpose(0, 1)
+        if is_causal and attn_mask is None:
+            raise OpenTransError("is_causal is a hint about attn_mask, as in torch's attention: give that, too.")
+        is_alone = query.ndim == 2 # without an axis for the batch
+        sequence_first = not (is_alone or self.batch_first)
+        x = query.transpose(0, 1) if sequence_first else query
+        if is_alone: x = x[None]
         parts = self.in_proj(x).chunk(3, -1)
         q,k,v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         mask = self._mask(attn_mask, len(x))
@@ -129,7 +137,8 @@ class FewerHeads(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         together = y.transpose(1, 2).flatten(2)
         y = self.out_proj(together)
-        if not self.batch_first: y = y.transpose(0, 1)
+        if is_alone: y = y[0]
+        if sequence_first: y = y.transpose(0, 1)
         return y,None
 
 # %% ../../nbs/01p_heads.ipynb #4c85b933

@@ -22,7 +22,7 @@ from ..escape import for_plot
 from ..files import FileKind, load_tensors, metadata_value, pack_bits, plain_json, save_tensors, unpack_bits
 from ..naming import clean_name, match_pattern, tell_reasons
 from .baked import _bake, _mask_state, _must_exist
-from .criteria import _ask_criterion, _find_criterion, _name_of, _threads_info
+from .criteria import _find_criterion, _name_of, _scores_of, _threads_info
 from .force import _keep_in_force, ActiveMask
 from .places import _candidates, _place, prunable
 from .ranking import (
@@ -236,7 +236,7 @@ class _MaskMaking(_MaskSets):
         **kwargs:Any,
     )->Self:
         """Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown
-        criterion, or losses that are not given."""
+        criterion, losses that are not given, or a layer without scores of its shape."""
         name,score = _find_criterion(criterion)
         density = _check_density(density)
         found = prunable(model, **kwargs)
@@ -244,7 +244,8 @@ class _MaskMaking(_MaskSets):
         info |= _dense_info(model, **kwargs)
         if losses is not None: info |= _threads_info()
         wanted = dict(density=density, scope=scope)
-        scores = _ask_criterion(score, model, losses, wanted, **kwargs)
+        shapes = {layer.name: tuple(layer.weight.shape) for layer in found}
+        scores = _scores_of(shapes, score, model, losses, wanted, **kwargs)
         masks = _choose(scores, density, scope, layers(model))
         return cls(masks, info)
 

@@ -54,7 +54,7 @@ def prunable(
     skip_first:bool=True, # Leave the first layer dense?
     # What to leave dense: names of modules, or patterns of whole names such as `'layer4.*'`; None: the model's head
     skip:str|Iterable[str]|None=None,
-    only:Sequence[str]=('*',), # Patterns of whole names to choose from
+    only:str|Sequence[str]=('*',), # Which layers to choose from: names of modules, or patterns as for `skip`
 )->list: # `Layer`s
     """The layers whose weights a mask covers (paper Sec. 3.2); a warning names those that it cannot. Raises
     `OpenTransError`."""

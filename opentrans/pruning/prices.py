@@ -44,7 +44,8 @@ def clock_prices(
     **kwargs,
 )->dict[str, float]: # Layer, as a mask names it -> price of one of its weights; the mean over all weights is 1
     """What a weight of each prunable layer costs on the sparse engine of this machine, on one thread. Layers that the
-    engine does not run have price 1. Raises `OpenTransError` where it runs none."""
+    engine does not run have price 1. Raises `OpenTransError` where it runs none, and for images of a size that the
+    model does not take."""
     low,high = (check_number('density', density, 0, 1, above=True) for density in densities)
     if low >= high: raise OpenTransError(f"Densities must rise, and these do not: {low:g}, {high:g}.")
     timed = model if hasattr(model, 'visual') else find_tower(model)

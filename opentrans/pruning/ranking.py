@@ -201,9 +201,13 @@ def _best_channels(scores, share):
 # %% ../../nbs/01a_ranking.ipynb #37622d99
 _SCOPES = ('global', 'layer', 'channel', 'N:M such as 2:4')
 
+def _pattern_of(scope):
+    "The match of a scope such as '2:4'; None for any other."
+    return re.fullmatch(r'([1-9]\d?):([1-9]\d?)', str(scope))
+
 def _n_of_m(scope, density):
     "The numbers of a scope such as '2:4'. Raises `OpenTransError` if the density is another one."
-    numbers = re.fullmatch(r'([1-9]\d?):([1-9]\d?)', str(scope))
+    numbers = _pattern_of(scope)
     if not numbers: raise unknown('scope', scope, _SCOPES)
     n,m = int(numbers[1]),int(numbers[2])
     fits = abs(density-n/m) <= 1e-9
@@ -233,6 +237,7 @@ def _choose_each(scores, density, scope, found):
         counts = _counts(sizes, shares)
         return _keep_each(scores, counts)[0]
     if scope not in ('layer', 'channel'):
+        if not _pattern_of(scope): raise unknown('scope', scope, _SCOPES)
         raise OpenTransError(
             f"Scope '{scope}' has a density of its own. Give one density, or take the scope 'layer'.")
     masks = {}

@@ -426,7 +426,7 @@ def cubic_schedule(
 )->list[float]: # The density after each round
     "The densities of gradual pruning (Zhu and Gupta 2017, Eq. 1). Raises `OpenTransError` without rounds."
     density = _check_share(density)
-    if rounds < 1: raise OpenTransError(f"rounds must be at least 1, not {rounds!r}.")
+    check_number('rounds', rounds, 1, MOST_ROUNDS, whole=True)
     densities = []
     for r in range(1, rounds+1):
         to_go = 1-r/rounds

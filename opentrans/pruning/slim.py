@@ -72,14 +72,18 @@ def _inner_sides(model):
 def _constant(side):
     "What each channel is where the weights that make it are zero."
     maker,norm = side.maker,side.norm
-    shift = torch.zeros(len(maker.weight)) if maker.bias is None else maker.bias.detach()
+    own = maker.weight.dtype
+    precise = torch.promote_types(own, torch.float32) # as batch norms compute, in weights of half the bits, too
+    def told(values, otherwise): return otherwise if values is None else values.detach().to(precise)
+    nothing = maker.weight.new_zeros(len(maker.weight), dtype=precise)
+    shift = told(maker.bias, nothing)
     if norm is not None:
-        scale = 1. if norm.weight is None else norm.weight.detach()
-        bias = 0. if norm.bias is None else norm.bias.detach()
-        per_unit = (norm.running_var + norm.eps).rsqrt()*scale
-        shift = (shift - norm.running_mean)*per_unit + bias
-    return side.act(shift.clone())
+        variance = told(norm.running_var, 1.)
+        per_unit = (variance + norm.eps).rsqrt()*told(norm.weight, 1.)
+        shift = (shift - told(norm.running_mean, 0.))*per_unit + told(norm.bias, 0.)
+    return side.act(shift.to(own, copy=True))
 
+# %% ../../nbs/01n_slim.ipynb #da816694
 def _one_pixel(layer):
     "Does each output of a layer read one pixel, and no padding?"
     if isinstance(layer, nn.Linear): return True
@@ -131,8 +135,8 @@ def _slim_side(side):
 def slim_model(
     model:nn.Module, # In eval mode, with zeros in its weights; it is not changed
 )->nn.Module: # A smaller copy with the same outputs
-    """Cut inner channels, hidden units and heads that change nothing. Raises `OpenTransError` in training mode, and
-    where the model has nothing of the kind."""
+    """Cut inner channels, hidden units and heads that change nothing. Raises `OpenTransError` if a batch norm of
+    inner channels is in training mode, and where the model has nothing of the kind."""
     sides = _inner_sides(model)
     if not sides and not _attentions(model):
         name = type(model).__name__

@@ -230,8 +230,10 @@ def wanda(
     kept:torch.Tensor=None, # bool; what stays, if that is known
 )->tuple: # (new weights, kept)
     "Keep what is largest in |w| times the norm of its input, as it is (Sun et al. 2024, Eq. 1)."
-    norms = inputs.squares.to(weights).sqrt()
-    scores = weights.abs()*norms[:, None]
+    sizes = weights.abs()
+    if sizes.dtype in (torch.float16, torch.bfloat16): sizes = sizes.float() # sums of squares are too large for these
+    norms = inputs.squares.to(sizes).sqrt()
+    scores = sizes*norms[:, None]
     if kept is None: kept = budget.keep(scores)
     return weights*kept,kept
 

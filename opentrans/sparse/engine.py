@@ -20,6 +20,7 @@ from .plan import CannotPlan, _CLOSE, Plan, PlanCache, relative_difference
 from .regions import capture, fold
 
 # %% ../../nbs/07_sparse.ipynb #1edb08d6
+_MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd) # layers that have two modes
 _MANY = 1/2 # share of its weights from which on a region is timed beside torch
 
 def _is_plain(tensor):
@@ -57,7 +58,7 @@ class NativeRegion(nn.Module):
         for module in dense.modules():
             for part in (module._parameters, module._buffers):
                 self.places += [(part, name) for name,tensor in part.items() if tensor is not None]
-        self.norms = [module for module in dense.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.modal = [module for module in dense.modules() if isinstance(module, _MODAL)]
 
     def __deepcopy__(self, memo):
         return NativeRegion(copy.deepcopy(self.dense, memo), self.threads, self.check, self.kernels)
@@ -89,7 +90,7 @@ class NativeRegion(nn.Module):
         if torch.is_autocast_enabled('cpu'): return 'autocast is on'
         if now is None: now = self._now()
         if now != self.state and not self._all_plain(): return 'weights are not float32 on the CPU'
-        if any(norm.training for norm in self.norms): return 'a batch norm is in training mode'
+        if any(layer.training for layer in self.modal): return 'a batch norm or a dropout is in training mode'
         batches = {len(x) for x in inputs}
         return '' if len(batches) == 1 and 0 not in batches else 'inputs have no common batch'
 
@@ -243,10 +244,12 @@ def compile(
     `OpenTransError` for a model in training mode, a mask that does not fit, or a number of threads that is none."""
     check_number('threads', threads, 1, 256, whole=True)
     if not isinstance(model, nn.Module): raise OpenTransError(f"compile needs a model, not {type(model).__name__}.")
-    modal = (nn.modules.batchnorm._BatchNorm, nn.Dropout) # layers that have two modes
-    if any(part.training for part in model.modules() if isinstance(part, modal)):
+    if kernels not in ('measured', True, False):
+        raise OpenTransError(f"kernels must be 'measured', True or False, not {kernels!r}.")
+    if any(part.training for part in model.modules() if isinstance(part, _MODAL)):
         raise OpenTransError(
-            "The engine folds batch norms, so it needs a model in eval mode: call model.eval() first.")
+            "The engine folds batch norms and drops nothing out, so it needs a model in eval mode: call model.eval() "
+            "first.")
     model = copy.deepcopy(model)
     if mask is not None: mask.apply(model).remove()
     regions = []
@@ -285,7 +288,7 @@ def _mark(rows, module, start, captured, why):
         rows[name]['why'] = why or 'is in no region'
     if captured is None: return
     def own(name):
-        name = name.removeprefix('net.') if start.endswith('visual.') else name
+        name = name.removeprefix('net.') if _is_backbone(module) else name
         return start.rstrip('.') if isinstance(module, nn.Conv2d) else start + name
     for name, reason in captured.reasons.items():
         row = rows.get(own(name))

@@ -147,6 +147,20 @@ def _promised(fast):
     return float(dense.sum()/max(1, sparse))
 
 # %% ../../nbs/07h_speed.ipynb #bad5ecd3
+def _check_size(size):
+    if not hasattr(size, '__len__') or len(size) != 2:
+        raise OpenTransError(f"A size is (height, width), not {size!r}.")
+    for side in size: check_number('side', side, 1, 2**14, whole=True)
+
+def _by_torch(model, x):
+    "What a model gives for images on torch. Raises `OpenTransError` if it does not take them."
+    try: return _Timed(model)(x)
+    except Exception as error: # whatever a model says of images of another size
+        shape = tuple(x.shape)
+        why = shorten(error).rstrip('. ')
+        raise OpenTransError(f"The model does not take images of shape {shape}: {why}. "
+                             "Give it another size.") from error
+
 def _check(model, engines, sizes, batches, threads):
     if not isinstance(model, nn.Module): raise OpenTransError(f"speed needs a model, not {type(model).__name__}.")
     here = engines_here()
@@ -155,10 +169,9 @@ def _check(model, engines, sizes, batches, threads):
         if name not in here: raise OpenTransError(f"{name} is not installed. Here are {', '.join(here)}.")
     for batch in batches: check_number('batch', batch, 1, 2**12, whole=True)
     for number in threads: check_number('threads', number, 1, 256, whole=True)
-    for size in sizes:
-        if len(size) != 2: raise OpenTransError(f"A size is (height, width), not {size}.")
-        for side in size: check_number('side', side, 1, 2**14, whole=True)
+    for size in sizes: _check_size(size)
 
+# %% ../../nbs/07h_speed.ipynb #6ecb3998
 @torch.no_grad()
 def speed(
     model:nn.Module, # In eval mode: a CLIP backbone (its maps are timed), a tower, or anything called with images
@@ -196,14 +209,13 @@ def _combinations(masked, label, sizes, batches, threads, engines, seconds):
             for batch in batches:
                 x = torch.rand(batch, 3, *size)
                 with_images = {name: functools.partial(call, x) for name, call in calls.items()}
+                told = _by_torch(masked, x)
                 times = in_turns(with_images, seconds, threads)
-                error, promised = float('nan'), 1.
-                if 'ours' in calls:
-                    error = _difference(calls['ours'](x), _Timed(masked)(x))
-                    promised = _promised(fast)
+                errors = {name: _difference(call(), told) for name, call in with_images.items()}
+                promised = _promised(fast) if 'ours' in calls else 1.
                 about = dict(mask=label, height=size[0], width=size[1], batch=batch, threads=threads)
                 for row in _told(times, promised):
-                    row['error'] = error if row['engine'] == 'ours' else 0.
+                    row['error'] = errors[row['engine']]
                     rows.append(about | row)
     return rows
 
@@ -223,6 +235,11 @@ def _steps_in_turns(parts, seconds):
         rounds += 1
     return [t*1e3 for t in best]
 
+def _once_each(table):
+    "A table by layer with the rows of each layer as one: sums of its times and operations, all else of its first use."
+    how = {column: 'sum' if column in ('multiply_adds', 'ms', 'dense_ms') else 'first' for column in table}
+    return table.groupby(level=0, sort=False).agg(how)
+
 def _milliseconds_by_name(plan, seconds):
     "Milliseconds of each layer of a plan, over all of its steps."
     parts = plan.parts()
@@ -239,21 +256,28 @@ def layer_times(
     seconds:float=1., # For all layers together, dense and sparse
 )->pd.DataFrame: # One row a layer of the engine, by name
     """Where the time goes: `ms` and `dense_ms` (our dense kernels) of each layer that the engine runs, on one thread.
-    Raises `OpenTransError` if there is none."""
+    Of a layer that is used several times these are sums, as `multiply_adds` is. Raises `OpenTransError` if there is
+    none, or the model does not take such images."""
+    _check_size(size)
     fast = compile(model, mask, check=False)
-    _Timed(fast)(torch.rand(1, 3, *size))
+    x = torch.rand(1, 3, *size)
+    _by_torch(model, x)
+    _Timed(fast)(x)
+    used = [*_last_sizes(fast)]
+    if not used: raise OpenTransError("No layer of this model runs on the engine: `supported(model)` says why.")
+    seconds_each = seconds/2/len(used)
     frames = []
-    for region, sizes in _last_sizes(fast):
+    for region, sizes in used:
         ours = _plan_of(region, sizes)
         dense = Plan(region.region, list(sizes), dense=True)
-        frame = ours.table().set_index('name')
+        frame = _once_each(ours.table().set_index('name'))
         for column, plan in dict(ms=ours, dense_ms=dense).items():
-            found = _milliseconds_by_name(plan, seconds/2)
+            found = _milliseconds_by_name(plan, seconds_each)
             frame[column] = found.reindex(frame.index)
         frames.append(frame)
-    if not frames: raise OpenTransError("No layer of this model runs on the engine: `supported(model)` says why.")
     frame = pd.concat(frames)
     frame.index = [name.removeprefix('net.') for name in frame.index]
+    frame = _once_each(frame)
     frame['promised'] = frame.weights/frame.kept.clip(lower=1)
     frame['times'] = frame.dense_ms/frame.ms
     columns = ['weights', 'kept', 'height', 'width', 'multiply_adds', 'promised', 'times', 'ms', 'dense_ms']

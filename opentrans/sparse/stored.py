@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from typing_extensions import TypedDict
 from ..errors import check_number, OpenTransError, shorten
@@ -146,8 +146,9 @@ def _parts_of(out):
 
 def _takes_item(node): return node.op == 'call_function' and node.target is operator.getitem
 
-def _outputs(graph, region):
-    "What a traced model gives, by the names of the region's values; None if something else is in between."
+def _outputs(graph, region, backbone):
+    """What a traced model gives, by the names of the region's values; None if it is anything else. Of a backbone it
+    is the maps, without what the tower ends with."""
     fused = {node for node in graph.nodes if node.op == 'call_module'}
     asked = [node for node in graph.nodes if node.op == 'placeholder']
     if len(fused) != 1 or len(asked) != 1: return None
@@ -161,8 +162,8 @@ def _outputs(graph, region):
         elif node.op not in ('placeholder', 'output'): return None
     out = node.args[0]
     is_pair = isinstance(out, (tuple, list)) and len(out) == 2
-    if is_pair and isinstance(out[0], dict): out = out[0] # a tower's maps
-    found = _map_names(out, names.get)
+    if backbone and is_pair: out = out[0]
+    found = _map_names(out, lambda part: names.get(part) if isinstance(part, fx.Node) else None)
     parts = _parts_of(found)
     return found if parts and all(parts) else None
 
@@ -195,7 +196,7 @@ def describe(
     captured = _traced(model, backbone)
     if captured is None or len(captured.regions) != 1: return None
     region, = captured.regions.values()
-    outputs = _outputs(captured.graph.graph, region)
+    outputs = _outputs(captured.graph.graph, region, backbone)
     if outputs is None: return None
     def own(name): return f"visual.{name.removeprefix('net.')}" if backbone else name
     steps = [_told(step, own) for step in region.steps]
@@ -421,7 +422,8 @@ class StoredEngine(_OnEngine):
 
     @torch.no_grad()
     def forward(self, images:torch.Tensor):
-        "What the model gave that was baked. Raises `OpenTransError` for anything but float32 images on the CPU."
+        """What the model gave that was baked, a list as a tuple. Raises `OpenTransError` for anything but float32
+        images on the CPU."""
         if not _is_map(images):
             raise OpenTransError(
                 "The engine takes images as a float32 tensor (B, channels, height, width) on the CPU.")
