@@ -256,8 +256,9 @@ class Recipe(_Course):
         values = dict(values)
         preset = values.pop('preset', None)
         framework = values.pop('framework', framework)
-        presets = dict(tiny=cls.tiny)
-        for kind in (cls.warmup, cls.paper, cls.released): presets[kind.__name__] = functools.partial(kind, framework)
+        def of_framework(make): return functools.partial(make, framework)
+        presets = dict(tiny=cls.tiny, warmup=of_framework(cls.warmup), paper=of_framework(cls.paper),
+                       released=of_framework(cls.released))
         if preset is not None and (not isinstance(preset, str) or preset not in presets):
             raise unknown('recipe', preset, presets)
         kinds = _kinds(cls)
