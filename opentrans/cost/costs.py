@@ -300,6 +300,10 @@ def _check_model(model, args):
         raise OpenTransError(
             f"{len(lazy)} parameters have no shape yet, such as {lazy[0]}. Call the model once on a real input "
             f"first.")
+    if any('sparse_regions' in module.__dict__ for module in model.modules()):
+        raise OpenTransError(
+            "This model was compiled for the sparse engine, whose work no counter sees. Count the model that "
+            "compile was given, with mask=.")
     if not isinstance(args, (tuple, list)):
         raise OpenTransError(f"args must be a tuple of more inputs, not {type(args).__name__}. Write args=(x,).")
 

@@ -65,7 +65,10 @@ def _rows_of_weights(name, path, m):
             shares = _shares(parts, made)
             rows += [[layer.name, layer.kind, share] for layer,share in zip(made, shares)]
         else: rows += [[layer.name, layer.kind, _whole_parts(parts)] for layer in made]
-    for layer in layers: rows.append([layer.name, layer.kind, [(layer.param, layer.rows)]])
+    for layer in layers:
+        # a weight with updates is read with them; what the row holds is the parameter below
+        param = layer.param if layer.computed else layer.params[0]
+        rows.append([layer.name, layer.kind, [(param, layer.rows)]])
     return rows
 
 def _kind_of_others(m):
@@ -281,8 +284,10 @@ class _Counter(TorchDispatchMode):
             bits = self.trace.bits_of(t)
             if not bits or bits & self.input: continue
             if 'parametrizations' in here.split('.'): return [f'{here}:parametrization']
-            rows = self.trace.names(bits)
-            is_of_here = len(rows) == 1 and rows[0].startswith(prefix)
+            # a weight with updates is charged to the weight, not to the parts that change it
+            rows = [row for row in self.trace.names(bits) if '.tuned.' not in f'.{row}']
+            keys = {row.split('[')[0] for row in rows}
+            is_of_here = len(keys) == 1 and rows[0].startswith(prefix)
             if not is_of_here: continue
             is_computed = self.rows[rows[0]]['made']
             return [f'{here}:parametrization'] if is_computed else rows

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from threadpoolctl import threadpool_limits
 from ..errors import check_number, OpenTransError
+from ..naming import candidate_matches, match_names
 from opentrans.heavy_tail.null import (
     as_blocks, as_null, Blocks, kurtosis_of, mp_quantiles, Null, random_edge, random_spectra, shuffled,
     with_kurtosis)
@@ -285,6 +286,20 @@ def _coarser(first, second):
     return max((first, second), key=_coarseness)
 
 # %% ../../nbs/02a_spectra.ipynb #dea25f4d
+def _base_by_name(found, base):
+    """Name of a layer -> its weight in the base. If no name is there, all of them are under one prefix, in the base or
+    in the model, as those of a tower are in a framework. Raises `OpenTransError` if there is none."""
+    here = {name: _shape(weight) for name,_,weight,*_ in found}
+    weights = {name: weight for name,_,weight,*_ in base}
+    if not here or any(name in weights for name in here): return weights
+    there = {name: _shape(weight) for name,weight in weights.items()}
+    if not candidate_matches(here, there):
+        try: whole = match_names(there, here, strict=False)
+        except OpenTransError: whole = {}
+        if whole: return {name: weights[key] for key,name in whole.items()}
+    partners = match_names(here, there, 'layers of the model in the base', strict=False)
+    return {name: weights[partner] for name,partner in partners.items()}
+
 def _read_base(s, w, before):
     "The weight of the same name in the base, and the type it was stored in. Raises `_Unread`."
     if s.name not in before: raise _Unread('the base has no layer of this name')
@@ -384,8 +399,12 @@ def spectra(
     solver = (method, precision, smallest)
     queue = _Queue(norm, floor, blocks, null, solver, threads)
     def weights_of(source): return _named_weights(source, embeddings, split_groups, skip)
-    before = None if base is None else {name: weight for name,_,weight,*_ in weights_of(base)}
-    for name,kind,weight,transposed,groups in weights_of(model):
+    found = weights_of(model)
+    before = None
+    if base is not None:
+        found = [*found] # handles, where a file is read
+        before = _base_by_name(found, weights_of(base))
+    for name,kind,weight,transposed,groups in found:
         paper = .5/norm if kind == 'conv' else 1. # the factor to the paper's scale
         s = Spectrum(name, kind, _shape(weight), paper=paper)
         w,stored,whole = _weight_to_solve(s, weight, device, before)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fastcore.meta import delegates
 from ..core import CONVS, Layer
 from ..errors import OpenTransError, shorten, unknown
+from ..naming import name_some
 from .places import prunable
 from ..runtime import device_of, eval_mode
 from ..sparse.regions import needed_pads, pads_as_needed
@@ -307,7 +308,12 @@ def input_grams(
     return sums_of_inputs(model, chosen, batches)
 
 def check_layers(found:Sequence[Layer]):
-    "Raises `OpenTransError` for layers whose inputs cannot be seen as rows."
+    "Raises `OpenTransError` for layers whose inputs cannot be seen as rows, and for those that are read with updates."
+    updated = [item.name for item in found if not item.computed and item.param is not item.params[0]]
+    if updated:
+        raise OpenTransError(
+            f"{len(updated)} layers are read with updates beside their weights: {name_some(updated)}. Merge these "
+            f"first, with merge_peft.")
     def odd(layer): return layer.kind in ('recurrent', 'experts') or getattr(layer.module, 'transposed', False)
     names = [item.name for item in found if odd(item)]
     if not names: return

@@ -26,7 +26,7 @@ from ..files import (
     restore_optimizer, RunFile, save_tensors, save_text, state_dict_of, strip_prefix)
 from ..frameworks.contract import Framework
 from ..processes import has_lost_another, Processes, train_step
-from ..pruning.force import unmasked_states
+from ..pruning.force import mask_again, masks_in_force, unmasked_states
 from ..pruning.mask import SparseMask
 from ..runtime import (
     device_of, signal_handlers, pick_device, progress, seed_everything, seeded, to_device, Handle)
@@ -166,10 +166,22 @@ def _recipe_settings(recipe):
 
 # %% ../../nbs/training/41_finetune.ipynb #68877c9b
 def _weights_at_zero(framework):
-    "How many weights of the backbone's layers are zero."
+    "How many weights of the backbone's layers are zero, whatever updates are added to them."
     zeros = 0
-    for layer in layers(framework.tower): zeros += int(layer.weight.numel() - layer.weight.count_nonzero())
+    for layer in layers(framework.tower):
+        weight = layer.weight
+        if not layer.computed:
+            own = layer.params[0]
+            weight = own if layer.rows is None else own[layer.rows]
+        zeros += int(weight.numel() - weight.count_nonzero())
     return zeros
+
+def _in_force(framework):
+    "How many weights masks in force keep at zero, and how many numbers learn."
+    kept = masks_in_force(framework)
+    masked = sum(keep.numel() - int(keep.count_nonzero()) for keep in kept.values())
+    learn = sum(param.numel() for param in framework.parameters() if param.requires_grad)
+    return dict(weights_under_masks=masked, numbers_that_learn=learn)
 
 def run_settings(
     framework:Framework, # A `Framework`, before the first step
@@ -188,6 +200,7 @@ def run_settings(
     settings['data'] = f"{data_name}, {len(data)} samples, {len(classes)} classes {_digest(classes)}"
     settings['selection'] = _selection_in_words(selection)
     settings['weights_at_zero'] = _weights_at_zero(framework)
+    settings |= _in_force(framework)
     for values in _layer_values(per_layer):
         digest = _digest([sorted(values.items()), values.base])
         settings[f'{values.what}_of_layers'] = f"{values.rule} {digest}"
@@ -205,8 +218,9 @@ def _state_keys(opt):
 
 @torch.no_grad()
 def _copy_into(model, tensors):
-    "Copy tensors that were checked into a model."
+    "Copy tensors that were checked into a model; what masks in force on it prune is zero."
     for name,own in model.state_dict().items(): own.copy_(tensors[name])
+    mask_again(model)
 
 def _model_tensors(framework):
     "The weights of a framework, as files of runs name them."
@@ -251,6 +265,8 @@ class _CheckpointFile:
         ended, and this one may lengthen it and asks for more iterations, the longer course takes the place of the
         file's."""
         now = self.file.settings
+        for name in ('weights_under_masks', 'numbers_that_learn'): # files of older runs do not say
+            if name in now: was = {name: now[name], **was}
         before = was.get('recipe.iterations')
         wanted = now.get('recipe.iterations')
         ended = metadata_value(meta, 'iteration', int, self.path) == before

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ..core import bare_modules, find_tower, layers
 from ..errors import OpenTransError
 from ..naming import find_names, match_pattern
+from ..pruning.force import masks_in_force
 from ..runtime import seeded, Handle
 from .heads import ends_of, find_heads, is_of_head
 from .updates import *
@@ -57,6 +58,9 @@ class Added(Handle):
         return f"Added({len(self.parts)} parts, {n:,} parameters)"
 
 # %% ../../nbs/vit/60_peft.ipynb #537b142b
+def _no_hook(module, args):
+    "A hook that does nothing; it has a name, so that a model with it can be pickled."
+
 def _put(tower, slot, part):
     "Add one part, and return what takes it off."
     name = slot.name.rpartition('.')[2]
@@ -71,7 +75,7 @@ def _put(tower, slot, part):
     _dress(module, [slot.key] if part.merges else [])
     module.tuned[name] = part
     # tells PyTorch's fast path to call the module
-    hook = module.register_forward_pre_hook(lambda m, a: None) if is_called else None
+    hook = module.register_forward_pre_hook(_no_hook) if is_called else None
     def off():
         tuned = getattr(module, 'tuned', {})
         if name in tuned and tuned[name] is part: _take(tower, module, name, owners)
@@ -299,13 +303,30 @@ def add_sparse(
     return _add(model, list(chosen.values()), part, freeze)
 
 # %% ../../nbs/vit/60_peft.ipynb #3e58e185
+def _check_masks(model, changed):
+    "Raises `OpenTransError` if updates would fill places that a mask in force prunes."
+    kept = masks_in_force(model)
+    filled = []
+    for module in changed:
+        for name,part in module.tuned.items():
+            w = module._parameters.get(part.key)
+            if not part.merges or w is None or w not in kept: continue
+            pruned = part.onto(w)[~kept[w]]
+            if pruned.any(): filled.append(name)
+    if not filled: return
+    raise OpenTransError(
+        f"A mask is in force, and {len(filled)} updates would fill weights that it prunes. Give add_lora the mask "
+        f"(masks=mask), or remove it (its handle's .remove()) to merge all the same.")
+
 @torch.no_grad()
 def merge_peft(
     model:nn.Module, # Changed in place
 )->nn.Module: # The same, of plain modules (adapters stay)
-    "Write all updates of weights into the weights, and take the parts off."
+    """Write all updates of weights into the weights, and take the parts off. Raises `OpenTransError`, with nothing
+    changed, if that would fill weights which a mask in force prunes."""
     tower = find_tower(model)
     changed = [m for m in tower.modules() if isinstance(m, Tunable)]
+    _check_masks(tower, changed)
     for module in changed:
         parts = [(n, p) for n,p in module.tuned.items() if p.merges]
         for name,part in parts:

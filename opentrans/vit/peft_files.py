@@ -19,6 +19,7 @@ from ..files import (
     check_finite, check_like, check_shape, FileKind, load_json, load_tensors, metadata_value, save_json,
     save_tensors, strip_prefix)
 from ..naming import find_names
+from ..pruning.force import mask_again
 from .peft import (
     _add, _wanted, _with_wholes, add_lora, Added, LoRALinear, Part, SequentialAdapter, slots, SparseDelta, Tunable)
 
@@ -125,6 +126,7 @@ def load_added(
         own[n].copy_(t)
         own[n].requires_grad_(True)
     for n, t in kept.items(): here[n].copy_(t)
+    mask_again(tower)
     return added
 
 # %% ../../nbs/vit/60b_peft_files.ipynb #2130389f
@@ -491,4 +493,5 @@ def from_huggingface(
         here.copy_(t)
         learns = isinstance(here, nn.Parameter) and t.is_floating_point()
         here.requires_grad_(learns)
+    mask_again(tower)
     return added
