@@ -1,5 +1,5 @@
 "The command as a stranger types it: good input gives files and figures, bad input one sentence and exit code 2."
-import contextlib, io, json, os, subprocess, sys
+import contextlib, io, json, os, subprocess, sys, warnings
 from pathlib import Path
 import numpy as np
 import pytest
@@ -753,3 +753,96 @@ def test_a_dry_run_says_what_a_run_needs(command, mask, tmp_path):
     assert 'parameters' in r.stdout and 'multiply-accumulates' in r.stdout
     assert told['params'] > 1e6 and told['active_macs'] <= told['macs'] and (command == 'transfer') == (
         told['active_params'] < told['params'])
+
+def test_a_mask_over_the_mask_of_a_model(streets, mask, tmp_path, small_looks):
+    "What is counted is what both masks leave, whichever is given last."
+    common = ('--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11)
+    short = ('--iterations', 1, '--batch-size', 2, '--crop', 48, '--workers', 0, '--eval-limit', 0)
+    r = opentrans('finetune', *common, *short, '--mask', mask, '--out', tmp_path/'run')
+    assert r.returncode == 0, r.stderr
+    looser = tmp_path/'looser.safetensors'
+    assert opentrans('prune', '--method', 'magnitude', '--density', .7, '--out', looser).returncode == 0
+    def counted(*args):
+        r = opentrans('evaluate', '--model', tmp_path/'run', *common, '--limit', 1, '--json', *args)
+        assert r.returncode == 0, r.stderr
+        found = json.loads(r.stdout)
+        return [found[name] for name in ('density', 'active_params', 'active_macs')]
+    assert counted('--mask', looser) == counted() == counted('--mask', mask)
+
+def test_what_is_left_out_is_left_out_in_the_next_command(streets, tmp_path, small_looks):
+    "The command that `finetune` shows runs; commands without --corrupt do not advise it."
+    import shlex, shutil
+    folder = tmp_path/'own, größer'
+    shutil.copytree(streets, folder)
+    shutil.copy(folder/'labels'/'s0.png', folder/'labels'/'more.png')
+    common = ('--root', folder, '--classes', NAMES, '--ignore', 11)
+    for command in (('data', 'check', 'folder'), ('cka', '--data', 'folder')):
+        message = fails(*command, *common)
+        assert "no image for 'more.png'" in message and 'Mend this.' in message and 'corrupt' not in message
+    assert '--corrupt skip' in fails('evaluate', '--data', 'folder', *common)
+    with pytest.warns(UserWarning, match='left out'):
+        r = opentrans('finetune', '--data', 'folder', *common, '--corrupt', 'skip', '--iterations', 1,
+                      '--batch-size', 2, '--crop', 48, '--workers', 0, '--eval-limit', 0, '--out', tmp_path/'run')
+    assert r.returncode == 0, r.stderr
+    shown = next(line for line in r.stdout.splitlines() if line.startswith('next: '))
+    with pytest.warns(UserWarning, match='left out'):
+        r = opentrans(*shlex.split(shown)[2:], '--limit', 1)
+    assert r.returncode == 0, r.stderr
+
+def test_files_that_would_not_be_written(streets, tmp_path):
+    "A flag that names a file which a command has no use for is told, and a place is looked at before the work."
+    out = tmp_path/'m.safetensors'
+    for method in ('magnitude', 'random', 'snip'):
+        assert '--weights' in fails('prune', '--method', method, '--weights', tmp_path/'w.safetensors', '--out', out)
+    assert '--try' in fails('models', '--out', tmp_path/'models.csv')
+    taken = tmp_path/'taken'
+    taken.write_text('mine')
+    assert 'Not a directory' in fails('segment', streets/'images'/'s0.png', 'sky', '--out', taken/'s.png')
+    assert [*tmp_path.iterdir()] == [taken]
+
+def test_cka_is_over_all_images(mask):
+    "Also over the few that would be no batch of their own."
+    said = '--images 2: CKA compares 4 images or more.'
+    assert said in fails('cka', '--mask', mask, '--images', 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        found = opentrans('cka', '--mask', mask, '--images', 18)
+    assert found.returncode == 0 and 'CKA over 18 images' in found.stdout
+
+def test_a_mask_where_weights_are_due(mask):
+    assert '--mask' in fails('alpha', mask)
+
+def test_no_layer_rests_where_random_weights_are_timed():
+    "A new ResNet's blocks end with norms of 0, and the engine skips zeros: its clock would be too fast."
+    found = json.loads(opentrans('speed', '--layers', '--densities', 1, '--size', '64x64', '--seconds', .02,
+                                 '--json').stdout)
+    assert len(found) > 15 and all(row['kept'] == row['weights'] for row in found.values())
+    from opentrans.cli.options import clip_to_time
+    trained = clip_to_time('shapes-rn', 'shapes-rn')
+    from opentrans.clip import ClipBackbone
+    assert torch.equal(trained.visual.layer1[0].bn3.weight,
+                       ClipBackbone.create('shapes-rn', pretrained='shapes-rn').visual.layer1[0].bn3.weight)
+
+def test_what_a_table_is_for_is_in_a_narrow_terminal(mask, tmp_path, monkeypatch):
+    "Columns that find no room are the last ones; those that a command is called for stand first."
+    from opentrans.cli import terminal
+    settings = dict(framework='deeplabv3', data='folder of a long name', images=9, over='truth', kind='semantic')
+    costs = dict(params=10**6, active_params=10**5, macs=10**8, active_macs=10**7)
+    for name in ('one', 'two'):
+        (tmp_path/name).mkdir()
+        result = dict(miou=.5, n_images=9, settings=settings, density=.1, head='trained', **costs)
+        (tmp_path/name/'result.json').write_text(json.dumps(result))
+    shown = []
+    def narrow(frame, title):
+        columns = terminal._cells(frame)
+        many = len(columns)
+        while terminal._least_width(frame, columns[:many]) > 80: many -= 1
+        shown.append(list(frame.columns[:many]))
+    monkeypatch.setattr(terminal, '_show_table', narrow)
+    for args in (('compare', tmp_path/'one', tmp_path/'two'), ('cost', '--layers', '--mask', mask),
+                 ('speed', '--layers', '--mask', mask, '--size', '64x64', '--seconds', .02)):
+        r = opentrans(*args)
+        assert r.returncode == 0, r.stderr
+    runs,layers,times = shown
+    assert {'miou', 'density', 'active_macs_M'} <= {*runs} and {'macs', 'active_macs'} <= {*layers}
+    assert {'layer', 'ms', 'dense_ms', 'times'} <= {*times}

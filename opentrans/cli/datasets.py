@@ -77,6 +77,8 @@ def _tell_findings(wrong):
         more = f', ... ({len(names)} in all)' if len(names) > _FEW else ''
         first = alike[names[0]]
         _say(f'  {few}{more}: {_as_flags(first)}')
+    if any("corrupt='skip'" in finding for finding in wrong.values()):
+        _say('  Files that cannot be read are left out by --corrupt skip of finetune, transfer and evaluate.')
     values = _strange_values(wrong.values())
     if not values: return
     told = ','.join(map(str, sorted(values)))

@@ -17,7 +17,7 @@ from opentrans.cli.options import (
     AllowHub, AsJson, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, OutputStride, Preset,
     Pretrained, Prompts, Root, Seed, Split, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
     settings_kept)
-from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
+from .terminal import _numbers, _save_picture, _save_table, _say, _with_first, _writable, show
 from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
 
 # %% ../../nbs/app/70g_evaluation.ipynb #33417549
@@ -102,7 +102,7 @@ def evaluate(
         how = dict(batch_size=batch_size, limit=limit, kind=kind, same=_same_names(same))
         results = _run_tests(seg, tests, looks, how)
     head = dict(head='trained' if model else 'untrained')
-    m = m or _mask_in(seg, told)
+    m = _mask_in(seg, told) or m # of a model trained under another mask, what both have left
     if data == 'all':
         title = f'{framework}: mIoU in percent, {_mean_of(looks[TABLE1[0]])}'
         return _report_table(seg, results, head, clip.image_size, m, out, as_json, title)
@@ -219,6 +219,7 @@ def segment(
     x = to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
         raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
+    _writable(out)
     if model and method:
         raise OpenTransError("--model has been trained, --method needs no training: leave one out.")
     if method: _check_method(method)
@@ -258,9 +259,10 @@ def compare(
 )->None:
     "Several runs in one table, and mIoU against multiply-accumulates and parameters (Fig. 1)."
     from opentrans.training import compare_runs, plot_runs
+    _writable(out and Path(out)/'runs.csv')
     frame = compare_runs(runs)
     if out:
         folder = Path(out)
         _save_table(frame, folder/'runs.csv')
         _save_picture(lambda: plot_runs(frame), folder/'runs.png')
-    show(frame, as_json, 'runs')
+    show(_with_first(frame, ('miou', 'pq', 'density', 'active_params_M', 'active_macs_M')), as_json, 'runs')

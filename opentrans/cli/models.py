@@ -8,7 +8,7 @@ __all__ = ['models']
 # %% ../../nbs/app/70k_models.ipynb #bc5dfeb3
 from typing import Annotated, Optional
 import typer
-from ..errors import unknown
+from ..errors import OpenTransError, unknown
 from .options import AsJson, Config, app
 from .terminal import _say, _writable, show
 
@@ -37,10 +37,13 @@ def models(
     from opentrans.frameworks.support import save_support, support_table, try_all
     known = ['all', *list_frameworks()]
     if attempt is not None and attempt not in known: raise unknown('framework', attempt, known)
+    if out and attempt is None:
+        raise OpenTransError(f"--out {out} goes with --try, which makes the table anew. To keep the one that was last "
+                             "tried: opentrans models --json.")
     _writable(out)
     if attempt is None: table = support_table()
     else: table = try_all(None if attempt == 'all' else [attempt])
-    if out and attempt is not None: save_support(table, out)
+    if out: save_support(table, out)
     if as_json: return show(table.reset_index(), True)
     short,reasons = _with_notes(table)
     show(short.reset_index(), title='what works with what')

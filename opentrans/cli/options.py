@@ -6,7 +6,7 @@
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'TowerStride',
            'OutputStride', 'Prompts', 'Device', 'DryRun', 'Seed', 'ProcessCount', 'AllowHub', 'Freeze', 'FreezeBy',
            'Xmin', 'AsJson', 'Corrupt', 'Config', 'settings_kept', 'first_process', 'keep_settings',
-           'open_clip_backbone', 'open_data']
+           'open_clip_backbone', 'clip_to_time', 'open_data']
 
 # %% ../../nbs/app/70_cli.ipynb #73492d2e
 import contextlib, json, math, os, shutil, sys
@@ -272,6 +272,22 @@ def open_clip_backbone(
     weights = None if pretrained == 'none' else pretrained
     clip = ClipBackbone.create(name, pretrained=weights, output_stride=output_stride, hub=hub, **facts)
     return clip.to(dev)
+
+def clip_to_time(
+    name:str, # As `--backbone`
+    pretrained:str, # As `--pretrained`
+    output_stride:int=32, # As `--output-stride`
+    hub:bool=None, # As `ClipBackbone.create` takes it
+): # `ClipBackbone`, on the CPU
+    """The backbone that the flags name, for a clock. Where weights are random, no layer rests: ResNets begin with
+    blocks whose last norm is 0, and an engine that skips zeros would skip the convolution before it."""
+    import torch
+    clip = open_clip_backbone(name, pretrained, output_stride, 'cpu', hub)
+    if pretrained != 'none': return clip
+    for module in clip.modules():
+        is_norm = isinstance(module, torch.nn.BatchNorm2d) and module.affine
+        if is_norm and not module.weight.any(): torch.nn.init.ones_(module.weight)
+    return clip
 
 def open_data(
     name:str, # As `--data`

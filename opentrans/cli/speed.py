@@ -9,8 +9,8 @@ __all__ = ['speed_command']
 from typing import Annotated, Optional
 import typer
 from ..errors import check_number, OpenTransError, shorten
-from .options import AllowHub, AsJson, Config, TowerStride, _hub, app, open_clip_backbone
-from .terminal import _save_picture, _save_table, _size, _writable, show
+from .options import AllowHub, AsJson, Config, TowerStride, _hub, app, clip_to_time
+from .terminal import _save_picture, _save_table, _size, _with_first, _writable, show
 
 # %% ../../nbs/app/70l_speed.ipynb #8f9ea5cf
 def _numbers(flag, text, kind):
@@ -20,6 +20,11 @@ def _numbers(flag, text, kind):
     if found: return found
     example = '1,2' if kind is int else '0.1,0.3,1'
     raise OpenTransError(f"{flag} {shorten(text, 40)}: write numbers with commas between them, e.g. {example}.")
+
+def _by_layer(table, as_json):
+    "Times of layers as they are shown: the clock's first."
+    rows = table.reset_index()
+    return rows if as_json else _with_first(rows, ('layer', 'ms', 'dense_ms', 'times', 'promised'))
 
 def _masks_of(model, mask, densities):
     "What is timed: the mask of a file, or those by magnitude of some densities."
@@ -72,7 +77,7 @@ def speed_command(
     batches = _numbers('--batch', batch, int)
     numbers = _numbers('--threads', threads, int)
     asked = engines.split(',') if engines else None
-    model = open_clip_backbone(backbone, pretrained, output_stride, 'cpu', _hub(allow_hub))
+    model = clip_to_time(backbone, pretrained, output_stride, _hub(allow_hub))
     model = model.eval()
     masks = _masks_of(model, mask, densities)
     if layers:
@@ -87,4 +92,4 @@ def speed_command(
         has_ours = not layers and 'ours' in {*table.engine}
         if has_ours: _save_picture(lambda: plot_speed(table), Path(out)/'speed.png')
     if not layers and not as_json: table,title = _in_short(table, title)
-    show(table.reset_index() if layers else table, as_json, title)
+    show(_by_layer(table, as_json) if layers else table, as_json, title)

@@ -122,12 +122,19 @@ def _show_table(frame, title):
     if left: _say(f"left out for want of room: {', '.join(left)}. A wider terminal shows them, and --json has all.")
 
 # %% ../../nbs/app/70b_terminal.ipynb #f0b90c57
+def _with_first(frame, names):
+    "A table that begins with these of its columns, so that they are there in a narrow terminal, too."
+    first = [name for name in names if name in frame]
+    others = [name for name in frame if name not in first]
+    return frame[[*first, *others]]
+
 def _say(text, file=None):
     "Print a line for people. Characters that command a terminal are written as their codes."
     print(printable(text), file=file or sys.stdout)
 
 def _as_flags(message):
-    "A message of a function in the words of the command: `root=...` is --root there, and 'gaussian' has no quotes."
+    """A message of a function in the words of the command: `root=...` is --root there, and 'gaussian' has no quotes.
+    What could be left out by a flag that the command lacks is to be mended."""
     context = _NOW.get('context')
     if context is None: return message
     names = {param.name: param.opts[0] for param in context.command.params}
@@ -136,6 +143,8 @@ def _as_flags(message):
         name = found[1]
         if name not in flags: return found[0]
         return f"{flags[name]} {'none' if found[2] == 'None' else found[2] or found[3] or ''}"
+    def known(found): return found[0] if found[1] in flags else ''
+    message = re.sub(r", or pass (\w+)='\w+' to leave (?:it|these) out", known, message)
     return re.sub(r"(?<!--set )(?<![\w.'\"{,-])(\w+)=(?:(None\b)|'(\w+)'|(?=[\w.'\"\[(-]))", flag, message)
 
 # %% ../../nbs/app/70b_terminal.ipynb #113d8ee9

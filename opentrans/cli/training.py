@@ -262,6 +262,7 @@ def _tell_next(out, where):
     for flag in ('root', 'classes', 'ignore'):
         value = where[flag]
         if value is not None: more += f' --{flag} {shlex.quote(str(value))}'
+    if where['corrupt'] != 'raise': more += f" --corrupt {where['corrupt']}"
     model = shlex.quote(str(out))
     _say(f"next: opentrans evaluate --model {model} --data {where['name']} --split {where['split']}{more}\n"
          f"      opentrans segment photo.jpg \"grass, water, ...\" --model {model}")

@@ -13,9 +13,10 @@ from ..errors import OpenTransError, unknown
 from .defaults import _build, _counts, _readers
 from .options import (
     AllowHub, AsJson, Backbone, Classes, Config, Data, Device, Freeze, FreezeBy, Ignore, Preset, Pretrained,
-    Root, Seed, Split, TowerStride, Xmin, _SIDE, _hub, _typed, app, first_process, keep_settings,
+    Root, Seed, Split, TowerStride, Xmin, _SIDE, _hub, _typed, app, clip_to_time, first_process, keep_settings,
     open_clip_backbone, open_data)
-from .terminal import _as_flags, _number, _rules, _save_picture, _save_table, _say, _size, _writable, show
+from .terminal import (
+    _as_flags, _number, _rules, _save_picture, _save_table, _say, _size, _with_first, _writable, show)
 
 # %% ../../nbs/app/70d_weights.ipynb #83c5572c
 def _anything(name, pretrained, allow_hub):
@@ -135,7 +136,7 @@ def _distillation(clip, data, released, told):
     model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0, **options)
     return model,DistillTrainer.released(model, data, **own)
 
-def _check_prune(out, method, criterion, precision, densities, released):
+def _check_prune(out, method, criterion, precision, densities, released, weights=None):
     "Raises `OpenTransError` for flags of `prune` that do not go together."
     from opentrans.pruning import CRITERIA
     if method not in _LAYER_BY_LAYER: _check_layer_flags(method, densities)
@@ -147,6 +148,10 @@ def _check_prune(out, method, criterion, precision, densities, released):
     if method != 'imp' and _typed('criterion'):
         raise OpenTransError(
             f"--criterion is for the rounds of imp; --method {method} is one shot. Leave one of them out.")
+    has_weights = method == 'imp' or method in _LAYER_BY_LAYER
+    if weights and not has_weights:
+        raise OpenTransError(f"--weights {weights}: --method {method} changes no weights, so there are none to write. "
+                             "Leave it out.")
     if not out.endswith('.safetensors'): raise OpenTransError(f"--out {out}: a mask file ends in .safetensors.")
 
 # %% ../../nbs/app/70d_weights.ipynb #f968c500
@@ -220,7 +225,7 @@ def prune(
     from opentrans.clip import save_weights
     from opentrans.data import ImageBatches
     from opentrans.pruning import SparseMask, geometric_schedule, imp, layer_densities, reconstruct
-    _check_prune(out, method, criterion, precision, densities, released)
+    _check_prune(out, method, criterion, precision, densities, released, weights)
     one_by_one = method in _LAYER_BY_LAYER
     _writable(out, weights)
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
@@ -263,7 +268,9 @@ def prune(
     if first_process():
         mask.save(out)
         keep_settings(run_dir if method == 'imp' else None, tell=False, ended=True, **used)
-    if method != 'imp' or not as_json: show(mask.table(), as_json, f'{out}: density {mask.density:.4f}')
+    if method == 'imp' and as_json: return
+    layers = _with_first(mask.table(), ('weights', 'kept', 'density'))
+    show(layers, as_json, f'{out}: density {mask.density:.4f}')
 
 # %% ../../nbs/app/70d_weights.ipynb #0df41555
 def _square(image, side):
@@ -301,9 +308,14 @@ def cka_command(
     d = open_data(data, root, split, classes, ignore)
     side = size or one.image_size
     n = min(images, len(d))
+    if n < 4:
+        there = '' if len(d) >= 4 else f', and {d.name} has {n}'
+        raise OpenTransError(f"--images {images}: CKA compares 4 images or more{there}.")
     pictures = [_square(d[i]['image'], side) for i in range(n)]
     def stages(clip): return [f'visual.{name}' for name in clip.kind.stages(clip.visual)]
-    batches = [torch.stack(pictures[i:i+16]).to(one.mean.device) for i in range(0, n, 16)]
+    starts = range(0, n-3, 16) # three or fewer are too few for a batch of their own
+    ends = [*starts[1:], n]
+    batches = [torch.stack(pictures[i:end]).to(one.mean.device) for i,end in zip(starts, ends)]
     frame = cka(one, two, batches, stages(one), stages(two))
     if out:
         _save_table(frame, Path(out)/'cka.csv')
@@ -343,12 +355,13 @@ def cost_command(
         raise OpenTransError("--clock times the backbone as a whole. For each layer: opentrans speed --layers.")
     h,w = _size(size)
     m = SparseMask.load(mask) if mask else None
-    model = clip = open_clip_backbone(backbone, pretrained, output_stride, 'cpu', _hub(allow_hub))
+    model = clip = clip_to_time(backbone, pretrained, output_stride, _hub(allow_hub))
     title = backbone
     if framework:
         model = _build(framework, model, ['thing'], preset, 0)
         title = f'{backbone} in {framework}'
     c = cost(model, (3, h, w), mask=m, convention=convention)
-    shown = c.by_layer if layers else dict(_counts(c), convention=convention, input=size)
+    figures = ('macs', 'active_macs', 'params', 'active_params', 'density')
+    shown = _with_first(c.by_layer, figures) if layers else dict(_counts(c), convention=convention, input=size)
     if clock: shown.update(_milliseconds(clip, m, (h, w)))
     show(shown, as_json, title)

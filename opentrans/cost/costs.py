@@ -386,8 +386,9 @@ def cost(
         except Exception as e:
             can_run_for_real = dry and (_needs_values(e) or _refuses_a_type(e))
             if not can_run_for_real:
+                why = str(e).rstrip('.')
                 raise OpenTransError(
-                    f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or "
+                    f"The model cannot be run on an input of size {size}: {why}. Give its other inputs as args=, or "
                     f"forward=.") from e
             return cost(model, input_size, mask, convention, args, forward, dry=False)
     dense = _as_cost(counter, convention, size)

@@ -414,4 +414,5 @@ def spectra(
     if queue.spectra: return queue.spectra
     skipped = _skipped(model, skip)
     where = f" outside {', '.join(skipped)}" if skipped else ''
-    raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}.")
+    raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}. If it is a mask: that "
+                         "goes on weights, by `opentrans alpha --mask` or SparseMask.apply.")

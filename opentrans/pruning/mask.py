@@ -386,7 +386,7 @@ class _MaskOnModels(_RandomMasks):
         return sizes
 
 # %% ../../nbs/01_pruning.ipynb #a602e802
-MASK_FILE = FileKind('opentrans-mask', 'mask', 'SparseMask.save')
+MASK_FILE = FileKind('opentrans-mask', 'mask', '`opentrans prune` or SparseMask.save')
 
 def _storable(value):
     """A value as a file can hold it and give it back: numbers, texts, lists and dictionaries; anything else by its
