@@ -846,3 +846,20 @@ def test_what_a_table_is_for_is_in_a_narrow_terminal(mask, tmp_path, monkeypatch
     runs,layers,times = shown
     assert {'miou', 'density', 'active_macs_M'} <= {*runs} and {'macs', 'active_macs'} <= {*layers}
     assert {'layer', 'ms', 'dense_ms', 'times'} <= {*times}
+
+def test_no_file_is_written_over_one_that_is_read(streets, mask, tmp_path):
+    "A photograph, a mask and a checkpoint stay, by whatever path the flag of the result names them."
+    import shutil
+    photo = shutil.copy(streets/'images'/'s0.png', tmp_path/'my photo.png')
+    own = shutil.copy(mask, tmp_path/'own.safetensors')
+    model = tmp_path/'model.pth'
+    torch.save({'visual.conv1.weight': torch.zeros(1)}, model)
+    (tmp_path/'link').symlink_to(tmp_path)
+    before = {path: path.read_bytes() for path in (photo, own, model)}
+    for args in (('segment', photo, 'sky', '--out', tmp_path/'link'/'my photo.png'),
+                 ('transfer', own, model, '--out', own), ('transfer', own, model, '--out', model),
+                 ('prune', '--method', 'wanda', '--pretrained', own, '--out', own),
+                 ('prune', '--method', 'wanda', '--out', tmp_path/'new.safetensors', '--weights',
+                  tmp_path/'new.safetensors')):
+        assert 'would be written over' in fails(*args)
+    assert {path: path.read_bytes() for path in before} == before and not (tmp_path/'new.safetensors').exists()

@@ -17,7 +17,7 @@ from opentrans.cli.options import (
     AllowHub, AsJson, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, OutputStride, Preset,
     Pretrained, Prompts, Root, Seed, Split, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
     settings_kept)
-from .terminal import _numbers, _save_picture, _save_table, _say, _with_first, _writable, show
+from .terminal import _not_over, _numbers, _save_picture, _save_table, _say, _with_first, _writable, show
 from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
 
 # %% ../../nbs/app/70g_evaluation.ipynb #33417549
@@ -172,6 +172,13 @@ def _report_table(seg, results, head, size, mask, out, as_json, title):
     show(pd.DataFrame([shown], index=[framework]), title=title)
 
 # %% ../../nbs/app/70g_evaluation.ipynb #502550eb
+def _check_picture(out, image):
+    "Raises `OpenTransError` for a place where the picture of an image cannot be written."
+    if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
+        raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
+    _writable(out)
+    _not_over('--out', out, image)
+
 def _check_method(method):
     "Raises `OpenTransError` for a method that needs training, or that there is not."
     from opentrans.frameworks import get_framework
@@ -217,9 +224,7 @@ def segment(
     from opentrans.playground import guesses, overlay, parse_names, segment as look, to_image, unseen
     vocabulary = parse_names(names)
     x = to_image(image, max_side)
-    if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
-        raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
-    _writable(out)
+    _check_picture(out, image)
     if model and method:
         raise OpenTransError("--model has been trained, --method needs no training: leave one out.")
     if method: _check_method(method)

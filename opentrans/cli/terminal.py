@@ -176,6 +176,14 @@ def _writable(*files):
                 raise WriteError(f"Cannot write '{f}': {e.strerror}.") from e
             raise OpenTransError(f"Cannot write '{f}': {e.strerror}. Choose another place.") from e
 
+def _not_over(flag, out, *read):
+    "Raises `OpenTransError` if a file that is written would take the place of one that the command has to do with."
+    if not out: return
+    for file in filter(None, read):
+        if Path(file).resolve() == Path(out).resolve():
+            raise OpenTransError(f"{flag} {out} would be written over '{file}', which the command names, too. Choose "
+                                 "another place.")
+
 # %% ../../nbs/app/70b_terminal.ipynb #a011f03f
 def _number(text):
     "A number if it is one."

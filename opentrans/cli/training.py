@@ -19,7 +19,7 @@ from .options import (
     AllowHub, AsJson, Backbone, Classes, Config, Corrupt, Data, Device, DryRun, Framework, Freeze, FreezeBy, Ignore,
     OutputStride, Preset, Pretrained, ProcessCount, Prompts, Root, Seed, Split, Xmin, _SIDE, _hub, app,
     first_process, open_clip_backbone, open_data, settings_kept)
-from .terminal import _number, _rules, _say, _writable, show
+from .terminal import _not_over, _number, _rules, _say, _writable, show
 from .trained import _save_model
 
 # %% ../../nbs/app/70f_training.ipynb #47ea5c13
@@ -61,7 +61,7 @@ def transfer(
     if model: _writable(out)
     else: _writable(out and Path(out)/'result.json')
     m = None if dense else SparseMask.load(mask)
-    if model is not None: return _transfer_file(m, model, out, as_json)
+    if model is not None: return _transfer_file(m, mask, model, out, as_json)
     from opentrans.training import evaluate
     shipped = is_shipped(backbone, data)
     stride = _stride(output_stride, framework, backbone, shipped)
@@ -165,9 +165,10 @@ def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
     return selection
 
 # %% ../../nbs/app/70f_training.ipynb #fc9be093
-def _transfer_file(m, model, out, as_json):
+def _transfer_file(m, mask, model, out, as_json):
     "Put a mask on a checkpoint on disk."
     from opentrans.pruning import transfer_checkpoint
+    _not_over('--out', out, mask, model)
     if not out: raise OpenTransError("Give --out: where the sparse checkpoint goes, e.g. sparse.safetensors.")
     transfer_checkpoint(m, model, out)
     told = dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept)

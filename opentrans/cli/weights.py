@@ -16,7 +16,7 @@ from .options import (
     Root, Seed, Split, TowerStride, Xmin, _SIDE, _hub, _typed, app, clip_to_time, first_process, keep_settings,
     open_clip_backbone, open_data)
 from .terminal import (
-    _as_flags, _number, _rules, _save_picture, _save_table, _say, _size, _with_first, _writable, show)
+    _as_flags, _not_over, _number, _rules, _save_picture, _save_table, _say, _size, _with_first, _writable, show)
 
 # %% ../../nbs/app/70d_weights.ipynb #83c5572c
 def _anything(name, pretrained, allow_hub):
@@ -228,6 +228,9 @@ def prune(
     _check_prune(out, method, criterion, precision, densities, released, weights)
     one_by_one = method in _LAYER_BY_LAYER
     _writable(out, weights)
+    sources = (pretrained or '').split(',')
+    _not_over('--out', out, weights, *sources)
+    _not_over('--weights', weights, *sources)
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
     clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
     generated = data.startswith('shapesworld')
