@@ -31,6 +31,7 @@ def framework(name):
         if isinstance(part, torch.nn.BatchNorm2d):
             part.running_mean.normal_(0, .1)
             part.running_var.uniform_(.5, 1.5)
+            part.weight.data.uniform_(.5, 1.) # new ResNets begin with zeros, behind which the engine does nothing
     mask = SparseMask.random(clip, dict.fromkeys(SparseMask.ones(clip).names, .1))
     model = build(name, clip, list(CLASSES)).eval()
     mask.apply(model).remove()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from opentrans import sparse
+from opentrans.clip import ClipBackbone
 from opentrans.errors import OpenTransError
 from opentrans.pruning import clock_prices, SparseMask
 from test_cli import fails, opentrans
@@ -119,3 +120,12 @@ def test_the_difference_of_every_engine_is_measured():
     table = sparse.speed(Shared().eval(), sizes=[(12, 10)], seconds=.01).set_index('engine')
     assert table.error['torch'] == 0 and 0 < table.error['ours'] < 1e-5
     if 'onnxruntime' in table.index: assert 0 < table.error['onnxruntime'] < 1e-5
+
+def test_norms_of_zero_are_told():
+    "The engine skips the convolutions before them, as nothing would in a trained network."
+    clip = ClipBackbone.create('shapes-rn').eval()
+    assert any(not m.weight.any() for m in clip.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    with pytest.warns(UserWarning, match='batch norms have weights of zero'):
+        sparse.speed(clip, sizes=[(64, 64)], engines=['torch', 'ours'], seconds=.01)
+    with pytest.warns(UserWarning, match='batch norms have weights of zero'):
+        sparse.layer_times(clip, size=(64, 64), seconds=.01)

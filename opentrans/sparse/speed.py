@@ -171,6 +171,15 @@ def _check(model, engines, sizes, batches, threads):
     for number in threads: check_number('threads', number, 1, 256, whole=True)
     for size in sizes: _check_size(size)
 
+def _tell_resting(model):
+    "Warn of norms with weights of zero: the engine skips what is multiplied with them, and looks faster than it is."
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.affine]
+    resting = [norm for norm in norms if not norm.weight.any()]
+    if not resting: return
+    warnings.warn(f"{len(resting)} of {len(norms)} batch norms have weights of zero, as blocks of a new ResNet begin. "
+                  "The engine skips the convolutions before them, so its times are too good: take trained weights, "
+                  "or give these norms others.", stacklevel=3)
+
 # %% ../../nbs/07h_speed.ipynb #6ecb3998
 @torch.no_grad()
 def speed(
@@ -184,9 +193,10 @@ def speed(
 )->pd.DataFrame: # One row a combination and engine
     """Time engines in turns. `ms` is the shortest call, `median` the median; `times` the median ratio to the fastest
     dense engine with quartiles `low` and `high`; `promised` the ratio of multiply-adds; `error` the difference
-    to torch. Raises `OpenTransError`."""
+    to torch. Warns of norms with weights of zero, behind which the engine does nothing. Raises `OpenTransError`."""
     engines = engines_here() if engines is None else list(engines)
     _check(model, engines, sizes, batches, threads)
+    _tell_resting(model)
     rows = []
     masks = masks or {'as it is': None}
     before = torch.get_num_threads()
@@ -259,6 +269,7 @@ def layer_times(
     Of a layer that is used several times these are sums, as `multiply_adds` is. Raises `OpenTransError` if there is
     none, or the model does not take such images."""
     _check_size(size)
+    _tell_resting(model)
     fast = compile(model, mask, check=False)
     x = torch.rand(1, 3, *size)
     _by_torch(model, x)
