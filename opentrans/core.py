@@ -105,7 +105,9 @@ class Layer:
     computed:str = '' # For a computed weight: what makes it, of what, and what ends that
 
     @property
-    def key(self)->str: return self.name.split('[')[0]
+    def key(self)->str:
+        "The name of the whole parameter; a module's own name may hold a bracket, too."
+        return self.name.rpartition('[')[0] if self.name.endswith(']') else self.name
     @property
     def weight(self)->torch.Tensor: return self.param if self.rows is None else self.param[self.rows]
     @property

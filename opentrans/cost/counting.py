@@ -286,7 +286,7 @@ class _Counter(TorchDispatchMode):
             if 'parametrizations' in here.split('.'): return [f'{here}:parametrization']
             # a weight with updates is charged to the weight, not to the parts that change it
             rows = [row for row in self.trace.names(bits) if '.tuned.' not in f'.{row}']
-            keys = {row.split('[')[0] for row in rows}
+            keys = {row.rpartition('[')[0] if row.endswith(']') else row for row in rows}
             is_of_here = len(keys) == 1 and rows[0].startswith(prefix)
             if not is_of_here: continue
             is_computed = self.rows[rows[0]]['made']
