@@ -813,3 +813,14 @@ def test_heads_are_fed_with_maps_of_the_trunks_sizes():
         for size in ((64, 96), (48, 80), (100, 60), (97, 99)):
             theirs = full.clip(torch.zeros(1, 3, *size))
             assert {k: m.shape for k,m in full.features(size).items()} == {k: m.shape for k,m in theirs.items()}, size
+
+def test_garbage_of_an_earlier_step_is_no_memory_of_this_one():
+    "It would be counted as freed, and the step as needing less than it does."
+    def leaves_a_circle():
+        circle = [torch.zeros(2**20)]
+        circle.append(circle)
+    assert peak_memory(leaves_a_circle) >= 2**22
+    def collects():
+        gc.collect()
+        return torch.zeros(2**20)
+    assert peak_memory(collects) >= 2**22

@@ -6,7 +6,7 @@
 __all__ = ['training_memory', 'peak_memory']
 
 # %% ../../nbs/04d_memory.ipynb #65ce705b
-import contextlib, os, weakref
+import contextlib, gc, os, weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 import numpy as np
@@ -174,6 +174,7 @@ def peak_memory(
     device:str|torch.device='cpu', # Where it works
 )->int: # Bytes at the worst moment, above what was allocated before
     "Measure the peak memory of `step` from the allocator itself: CUDA's counter, or each allocation on the CPU."
+    gc.collect() # what an earlier step has left would be counted as freed by this one
     if torch.device(device).type == 'cuda': return _peak_on_cuda(step, device)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # else the profiler talks on stderr
     activities = [torch.profiler.ProfilerActivity.CPU]
