@@ -21,7 +21,7 @@ from typing_extensions import NotRequired, Self, TypedDict
 from .errors import OpenTransError
 from .escape import for_html, for_markdown
 from .files import FileKind, json_text, parse_document, read_text, save_text
-from .naming import clean_name, find_names, match_names, name_some, WRAPPERS
+from .naming import clean_name, find_names, match_names, name_some, whole_name, WRAPPERS
 from .runtime import around_step, eval_mode, held_by, RETIRED, Handle
 
 # %% ../nbs/00_core.ipynb #64659a72
@@ -105,9 +105,7 @@ class Layer:
     computed:str = '' # For a computed weight: what makes it, of what, and what ends that
 
     @property
-    def key(self)->str:
-        "The name of the whole parameter; a module's own name may hold a bracket, too."
-        return self.name.rpartition('[')[0] if self.name.endswith(']') else self.name
+    def key(self)->str: return whole_name(self.name)
     @property
     def weight(self)->torch.Tensor: return self.param if self.rows is None else self.param[self.rows]
     @property
@@ -116,6 +114,10 @@ class Layer:
         if self.sources is not None: return list(self.sources.values())
         key = self.key.rpartition('.')[2]
         return [self.module._parameters[key]]
+    @property
+    def holder(self)->torch.Tensor:
+        "The parameter that holds the weight, below updates that are read with it; of a computed weight its value."
+        return self.param if self.computed else self.params[0]
 
     def outputs_first(self,
         t:torch.Tensor, # A tensor of the weight's shape
@@ -262,7 +264,7 @@ def layers(
     found = {}
     for name,module in bare_modules(find_tower(model)):
         for layer in layers_of(name, module):
-            part = layer.name.partition('[')[2]
+            part = layer.name.removeprefix(layer.key)
             found.setdefault((id(layer.param), part), layer)
     return list(found.values())
 

@@ -30,6 +30,7 @@ def group_size()->int:
     return dist.get_world_size() if has_group else 1
 
 # %% ../nbs/00_processes.ipynb #ab8bf43b
+# words in the errors of torch's collectives when another process is gone
 _LOST = re.compile('gloo|nccl|connection|peer|process group', re.I)
 
 def has_lost_another(
@@ -290,8 +291,6 @@ def _places_of(model, kind):
     return places
 
 # %% ../nbs/00_processes.ipynb #6d137433
-def _size_of_part(i, n, size): return (i+1)*size//n - i*size//n
-
 def _part(batch, i, n):
     "The i-th of n parts of a batch."
     size = len(batch['images'])
@@ -326,10 +325,10 @@ def train_step(
     for i in range(parts):
         # gradients are averaged over processes once, with the last part
         is_last = i == parts-1
+        part = batch if parts == 1 else _part(batch, i, parts)
+        weight = len(part['images'])*parts/images # 1 where all parts are of one size
         with contextlib.nullcontext() if is_last else no_sync():
-            with torch.autocast(device, dtype, enabled=is_mixed):
-                terms = losses(batch if parts == 1 else _part(batch, i, parts))
-            weight = _size_of_part(i, parts, images)*parts/images # 1 where all parts are of one size
+            with torch.autocast(device, dtype, enabled=is_mixed): terms = losses(part)
             total = sum(terms.values())/parts*weight
             own_values = torch.stack([term.detach().float() for term in terms.values()])
             values = mean(own_values.tolist())

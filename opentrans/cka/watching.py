@@ -14,14 +14,15 @@ from torch.nn import functional as F
 from .kernels import _ALIKE, _centred, _gram_and_size
 from ..core import bare_modules, BATCH_NORMS, CONVS, find_tower, layers, layers_of, unwrap
 from ..errors import OpenTransError
+from ..naming import whole_name
 
 # %% ../../nbs/03b_watching.ipynb #04f26d1e
 def _holds(module, name, key):
     "Is a key that of a weight which a module holds, as a parameter or computed from others?"
-    part = key.rpartition('.')[2].split('[')[0]
+    whole_key = whole_name(key)
+    part = whole_key.rpartition('.')[2]
     own = getattr(module, part, None)
     if isinstance(own, torch.Tensor): return True
-    whole_key = key.split('[')[0]
     return any(layer.key == whole_key for layer in layers_of(name, module))
 
 def _unknown_layer(name, known):

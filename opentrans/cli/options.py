@@ -281,12 +281,11 @@ def clip_to_time(
 ): # `ClipBackbone`, on the CPU
     """The backbone that the flags name, for a clock. Where weights are random, no layer rests: ResNets begin with
     blocks whose last norm is 0, and an engine that skips zeros would skip the convolution before it."""
-    import torch
     clip = open_clip_backbone(name, pretrained, output_stride, 'cpu', hub)
     if pretrained != 'none': return clip
-    for module in clip.modules():
-        is_norm = isinstance(module, torch.nn.BatchNorm2d) and module.affine
-        if is_norm and not module.weight.any(): torch.nn.init.ones_(module.weight)
+    from torch.nn.init import ones_
+    from opentrans.sparse import resting_norms
+    for norm in resting_norms(clip): ones_(norm.weight)
     return clip
 
 def open_data(

@@ -136,7 +136,7 @@ def _distillation(clip, data, released, told):
     model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0, **options)
     return model,DistillTrainer.released(model, data, **own)
 
-def _check_prune(out, method, criterion, precision, densities, released, weights=None):
+def _check_prune(out, method, criterion, precision, densities, released, weights):
     "Raises `OpenTransError` for flags of `prune` that do not go together."
     from opentrans.pruning import CRITERIA
     if method not in _LAYER_BY_LAYER: _check_layer_flags(method, densities)

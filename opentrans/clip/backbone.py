@@ -6,7 +6,7 @@
 __all__ = ['TextEncoder', 'class_prompts', 'Origin', 'ClipBackbone']
 
 # %% ../../nbs/clip/20_clip.ipynb #88844196
-import contextlib, copy, functools, math, warnings
+import copy, functools, math, warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,10 +257,9 @@ def _check_prepared(images):
         what = f'{tuple(images.shape)} {images.dtype}'
         raise OpenTransError(f"Images must be a float tensor (B, 3, H, W) with values in [0,1], not {what}.")
 
-@contextlib.contextmanager
-def _large_enough(images, least, name):
-    "Raises `OpenTransError` where a tower fails at images that are smaller than a cell of its last map."
-    try: yield
+def _features_of(tower, kind, images, least, name):
+    "What a tower gives for images. Raises `OpenTransError` where it fails at some smaller than a cell of its last map."
+    try: return kind.features(tower, images)
     except RuntimeError as error:
         height,width = images.shape[-2:]
         if min(height, width) >= least: raise
@@ -297,7 +296,7 @@ class _ClipTower(_ClipAbout):
     def _features(self, x):
         """The maps of images that `prepare` has been at, and what the tower ends with. Raises `OpenTransError` for
         images that are too small for the tower."""
-        with _large_enough(x, self.strides['res5'], self.name): return self.kind.features(self.visual, x)
+        return _features_of(self.visual, self.kind, x, self.strides['res5'], self.name)
 
     def _embed(self, x, regions=None):
         "Embeddings of regions, or of whole images, that `prepare` has been at; not of unit length."

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from ..core import bare_modules, CONVS, find_tower, layers_of, NORMS
+from ..naming import whole_name
 from .prices import _aten, _may_multiply, _pt_attention, _PTFLOPS, _THOP, fvcore_flops, op_macs
 
 # %% ../../nbs/04c_counting.ipynb #594015f7
@@ -67,8 +68,7 @@ def _rows_of_weights(name, path, m):
         else: rows += [[layer.name, layer.kind, _whole_parts(parts)] for layer in made]
     for layer in layers:
         # a weight with updates is read with them; what the row holds is the parameter below
-        param = layer.param if layer.computed else layer.params[0]
-        rows.append([layer.name, layer.kind, [(param, layer.rows)]])
+        rows.append([layer.name, layer.kind, [(layer.holder, layer.rows)]])
     return rows
 
 def _kind_of_others(m):
@@ -286,7 +286,7 @@ class _Counter(TorchDispatchMode):
             if 'parametrizations' in here.split('.'): return [f'{here}:parametrization']
             # a weight with updates is charged to the weight, not to the parts that change it
             rows = [row for row in self.trace.names(bits) if '.tuned.' not in f'.{row}']
-            keys = {row.rpartition('[')[0] if row.endswith(']') else row for row in rows}
+            keys = {whole_name(row) for row in rows}
             is_of_here = len(keys) == 1 and rows[0].startswith(prefix)
             if not is_of_here: continue
             is_computed = self.rows[rows[0]]['made']

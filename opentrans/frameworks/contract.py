@@ -59,9 +59,9 @@ def _counted(labels, classes, ignore):
     """Which labels are not `ignore`. Raises `OpenTransError` for one that is no class, either; on a GPU, torch would
     give up the whole process."""
     counts = labels != ignore
-    outside = (labels < 0) | (labels >= classes)
-    wrong = labels[counts & outside].unique().tolist()
-    if wrong:
+    outside = counts & ((labels < 0) | (labels >= classes))
+    if outside.any():
+        wrong = labels[outside].unique().tolist()
         raise OpenTransError(f"Labels {wrong[:6]} are neither one of the {classes} classes nor ignore={ignore}. "
                              "Do data and framework have the same vocabulary?")
     return counts

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from ..core import bare_modules, find_tower
 from ..errors import OpenTransError, unknown
+from ..naming import whole_name
 
 # %% ../../nbs/02g_change.ipynb #3b1509cb
 ADAPTER_WEIGHTS = ('delta', 'merged') # of weights that `adapters` gives: B A, and W0 + B A
@@ -29,7 +30,7 @@ def _of_parts(name, module):
     for key,part in module.tuned.items():
         if not (hasattr(part, 'A') and hasattr(part, 'B')): continue
         # the weight itself, without the update
-        weight_name = key.partition('[')[0]
+        weight_name = whole_name(key)
         base = module._parameters[weight_name]
         rows = getattr(part, 'rows', None)
         if rows is not None: base = base[slice(*rows)]

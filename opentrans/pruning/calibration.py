@@ -309,7 +309,7 @@ def input_grams(
 
 def check_layers(found:Sequence[Layer]):
     "Raises `OpenTransError` for layers whose inputs cannot be seen as rows, and for those that are read with updates."
-    updated = [item.name for item in found if not item.computed and item.param is not item.params[0]]
+    updated = [item.name for item in found if item.param is not item.holder]
     if updated:
         raise OpenTransError(
             f"{len(updated)} layers are read with updates beside their weights: {name_some(updated)}. Merge these "

@@ -138,15 +138,14 @@ def _each_loss(losses, model):
 def _gradients(found, model, losses):
     "For each loss, the gradients of the layers' weights; the model is in eval mode, and nothing is left changed."
     # a weight with updates is read with them; the gradient is that of the parameter below
-    holders = {layer.name: layer.param if layer.computed else layer.params[0] for layer in found}
-    param_of = {id(param): param for param in holders.values()}
+    param_of = {id(layer.holder): layer.holder for layer in found}
     params = list(param_of.values())
     with _gradients_on(model, params), torch.enable_grad():
         for loss in _each_loss(losses, model):
             grads = torch.autograd.grad(loss, params, allow_unused=True)
             whole = {id(param): torch.zeros_like(param) if grad is None else grad
                      for param,grad in zip(params, grads)}
-            yield {layer.name: _part(whole[id(holders[layer.name])], layer) for layer in found}
+            yield {layer.name: _part(whole[id(layer.holder)], layer) for layer in found}
 
 def _summed(gradients, of=lambda grad: grad):
     "The sum over batches of the gradients of each layer, or of what `of` makes of them."

@@ -12,7 +12,7 @@ from torch import nn
 from ..core import (
     bare_modules, bare_parameters, find_tower, resolve_in_tower, LAYER_KINDS, layers, layers_of, no_values, unreadable)
 from ..errors import OpenTransError
-from ..naming import inside, match_weights, tell_reasons
+from ..naming import inside, match_weights, tell_reasons, whole_name
 from ..towers import trunk
 
 # %% ../../nbs/01b_places.ipynb #ec47e9a4
@@ -72,7 +72,7 @@ def prunable(
 # %% ../../nbs/01b_places.ipynb #522c2ddb
 def _absent_for(keys, params):
     "Name -> reason of parameters that a mask may mean, and which have no values or no shape yet."
-    bases = [key.split('[')[0] for key in keys]
+    bases = [whole_name(key) for key in keys]
     shaped = {base for base,shape in zip(bases, keys.values()) if len(shape) > 1}
     whys = {}
     for name,param in params.items():

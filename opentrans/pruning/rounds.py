@@ -124,7 +124,6 @@ class Within:
         return ROUND_FILE.damaged(self.path, why)
 
 # %% ../../nbs/01e_imp.ipynb #e52673bf
-# words in the errors of torch's collectives when another process is gone
 # model whose run was broken off in this process -> (folder, digest of its weights at the start of the run, and of
 # those that it was left with)
 _BROKEN_OFF = weakref.WeakKeyDictionary()

@@ -169,10 +169,7 @@ def _weights_at_zero(framework):
     "How many weights of the backbone's layers are zero, whatever updates are added to them."
     zeros = 0
     for layer in layers(framework.tower):
-        weight = layer.weight
-        if not layer.computed:
-            own = layer.params[0]
-            weight = own if layer.rows is None else own[layer.rows]
+        weight = layer.holder if layer.rows is None else layer.holder[layer.rows]
         zeros += int(weight.numel() - weight.count_nonzero())
     return zeros
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 from ..core import bare_modules, find_tower, layers
 from ..errors import OpenTransError
-from ..naming import find_names, match_pattern
+from ..naming import find_names, match_pattern, whole_name
 from ..pruning.force import masks_in_force
 from ..runtime import seeded, Handle
 from .heads import ends_of, find_heads, is_of_head
@@ -98,7 +98,7 @@ def _with_wholes(there):
     "Slots, with the packed ones as a whole besides."
     res = dict(there)
     for s in there.values():
-        whole = s.name.split('[')[0]
+        whole = whole_name(s.name)
         if s.rows is None or whole in res: continue
         kind = 'linear' if s.param.dim() > 1 else 'vector'
         res[whole] = Slot(whole, s.module, s.key, kind)
@@ -125,7 +125,7 @@ def _is_computed(module, key):
 
 def _find_slot(model, name, there):
     "The name of the slot that is meant. Raises `OpenTransError` for one that is not there."
-    path, _, key = str(name).split('[')[0].rpartition('.')
+    path, _, key = whole_name(str(name)).rpartition('.')
     modules = dict(bare_modules(find_tower(model)))
     module = modules.get(path)
     if name not in there and _is_computed(module, key): raise _no_parameter(name, module, key)

@@ -18,6 +18,7 @@ from ..core import CONVS, NORMS
 from ..cost.costs import cost
 from ..errors import check_number, OpenTransError, unknown
 from ..files import not_finite
+from ..naming import whole_name
 from ..runtime import check_images, eval_mode
 from .anchors import _inside, Anchor, as_anchor, is_adapted, plain_layer
 from .peft import LoRALinear, outputs_of, restore_flags, Slot, trained_flags
@@ -689,7 +690,7 @@ def _check_masks(net, masks):
     for i, (anchor, mask) in enumerate(zip(net.anchors, masks)):
         if mask is None: continue
         known = dict(anchor.tower.named_parameters())
-        lost = [name for name in mask.names if name.split('[')[0] not in known]
+        lost = [name for name in mask.names if whole_name(name) not in known]
         if lost:
             examples = ', '.join(lost[:3])
             raise OpenTransError(
