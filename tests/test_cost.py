@@ -824,3 +824,24 @@ def test_garbage_of_an_earlier_step_is_no_memory_of_this_one():
         gc.collect()
         return torch.zeros(2**20)
     assert peak_memory(collects) >= 2**22
+
+def test_blocks_from_before_do_not_count_when_they_go():
+    "The profiler takes their sizes from what lay at their addresses the last time that it looked."
+    kept = []
+    def keeps(): kept.extend(torch.zeros(2**18) for _ in range(64))
+    def lets_go():
+        kept.clear()
+        return torch.zeros(2**20)
+    assert peak_memory(keeps) >= 64*2**20
+    kept.clear() # unseen: the profiler still has their sizes
+    keeps() # most lie at the same addresses
+    needed = peak_memory(lets_go)
+    assert 2**22 <= needed < 2**23, needed
+
+def test_the_same_step_needs_the_same_memory_each_time():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3))
+    def step(): net(torch.zeros(4, 3, 32, 32)).sum().backward()
+    peak_memory(step) # what is set up once
+    first,*more = [peak_memory(step) for _ in range(4)]
+    assert first > 4*16*30*30*4, first
+    assert more == [first]*3

@@ -9,7 +9,6 @@ __all__ = ['training_memory', 'peak_memory']
 import contextlib, gc, os, weakref
 from collections.abc import Callable, Sequence
 from typing import Any
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -169,17 +168,41 @@ def _peak_on_cuda(step, device):
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated(device) - before
 
+def _allocations(profile):
+    "What the CPU's allocator gave and took back while it was profiled, in order."
+    waiting = list(profile.profiler.kineto_results.experimental_event_tree())
+    found = []
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation: found.append(event)
+    return sorted(found, key=lambda event: event.start_time_ns)
+
+# %% ../../nbs/04d_memory.ipynb #e54ea55b
+def _peak_on_cpu(step):
+    """The peak of the blocks that a step is given. Blocks from before do not count when they go: the profiler takes
+    their sizes from whatever lay at their addresses when it last looked."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile: step()
+    alive = {}
+    now = 0
+    peak = 0
+    for event in _allocations(profile):
+        block = event.extra_fields
+        now -= alive.pop(block.ptr, 0)
+        if block.alloc_size > 0:
+            alive[block.ptr] = block.alloc_size
+            now += block.alloc_size
+            peak = max(peak, now)
+    return peak
+
 def peak_memory(
     step:Callable[[], Any], # A function without arguments
     device:str|torch.device='cpu', # Where it works
-)->int: # Bytes at the worst moment, above what was allocated before
-    "Measure the peak memory of `step` from the allocator itself: CUDA's counter, or each allocation on the CPU."
+)->int: # Bytes at the worst moment
+    """Measure the peak memory of `step` from the allocator itself: on CUDA what is allocated above what was before,
+    on the CPU the blocks that `step` is given."""
     gc.collect() # what an earlier step has left would be counted as freed by this one
     if torch.device(device).type == 'cuda': return _peak_on_cuda(step, device)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # else the profiler talks on stderr
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as p: step()
-    events = p.profiler.kineto_results.events()
-    changes = np.array([event.nbytes() for event in events if event.name() == '[memory]'])
-    highest = changes.cumsum().max(initial=0)
-    return int(max(highest, 0))
+    return _peak_on_cpu(step)
