@@ -177,6 +177,15 @@ def test_names_may_come_from_a_table(name):
     alike = [framework.predict(image, names) for names in (NAMES, pd.Index(NAMES), np.array(NAMES))]
     assert torch.equal(alike[0], alike[1]) and torch.equal(alike[0], alike[2])
 
+@pytest.mark.parametrize('name', ['deeplabv3', 'mask2former', 'catseg', 'fcclip', 'training_free'])
+def test_names_in_one_text_are_parted_by_commas_and_synonyms_by_semicolons(name):
+    framework = small(name)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    apart = framework.predict(image, ['red star,star', 'grass', 'water'])
+    together = framework.predict(image, 'red star; star, grass, water')
+    assert torch.equal(together, apart)
+    assert framework.predict(image, 'grass').unique().tolist() == [0]
+
 def test_images_of_numpy_have_64_bits():
     framework = small('deeplabv3')
     image = torch.from_numpy(np.random.default_rng(0).random((1, 3, 32, 48)))

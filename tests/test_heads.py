@@ -1,10 +1,11 @@
 "Masks of whole heads and units: what is cut changes nothing, and is gone."
-import copy
+import copy, warnings
 import pytest
 import torch
 from torch import nn
 from opentrans.errors import OpenTransError
 from opentrans.pruning import FewerHeads, imp, slim_model, SparseMask
+from opentrans.vit.peft import add_lora
 from fake_cuda import pretended_cuda, values_of
 from test_pruning import tiny_vit
 from test_sparse import far, lively, small_net
@@ -142,3 +143,20 @@ def test_a_sequence_alone_and_what_is_refused(first, heads):
     with pytest.raises(OpenTransError, match='heads that are left'):
         few(x, attn_mask=mask.expand(heads, 5, 5))
     with pytest.raises(OpenTransError, match='is_causal'): few(x, is_causal=True)
+
+def test_a_model_of_which_nothing_can_be_cut_says_so():
+    "A mask of single weights leaves no unit without all of its weights; LoRA hides the layers that it is added to."
+    mlp = nn.Module()
+    mlp.fc1, mlp.act, mlp.fc2 = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)
+    model = nn.Sequential(mlp).eval()
+    with pytest.warns(UserWarning, match='nothing was cut. SparseMask.inner'): slim_model(model)
+    mlp.fc1.weight.data[3:] = 0
+    mlp.fc1.bias.data[3:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert slim_model(model)[0].fc1.out_features == 3
+    net = tiny_vit()
+    with add_lora(net, r=2) as added:
+        for parts in added.parts.values():
+            for parameter in parts.parameters(): parameter.data.normal_()
+        with pytest.warns(UserWarning, match='merge_peft'): SparseMask.heads(net, .5).slim(net)

@@ -1,6 +1,6 @@
 """The sparse engine: the same numbers as torch, for every size, stride, group and density, on vectors of every
 width."""
-import copy, math, os
+import copy, math, os, pickle
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -496,3 +496,10 @@ def test_without_llvm_everything_runs_on_torch(monkeypatch):
     net, x = small_net(True), torch.randn(1, 3, 32, 32)
     fast = sparse.compile(net)
     assert fast(x).equal(net(x)) and 'llvmlite' in fast.sparse_regions[0].why_not([x])
+
+@pytest.mark.parametrize('model', [nn.Sequential(nn.Conv2d(8, 8, 3)), nn.Sequential(nn.Linear(64, 64))])
+def test_a_compiled_model_is_not_pickled_but_says_what_can_be_kept(model):
+    for part in model: part.weight.data[1:] = 0
+    fast = sparse.compile(model.eval())
+    with pytest.raises(OpenTransError, match='compile them where they are loaded'): pickle.dumps(fast)
+    assert copy.deepcopy(fast).state_dict().keys() == model.state_dict().keys()

@@ -106,8 +106,10 @@ class NameHead(nn.Module):
     ):
         super().__init__()
         self.classifier = nn.Linear(features, classes)
-        # what the names mean does not change when a tower learns
-        self.register_buffer('names', torch.zeros(classes, embed_dim))
+        # what the names mean does not change when a tower learns; drawn until it is loaded, from numbers of its own
+        generator = torch.Generator().manual_seed(0)
+        names = torch.randn(classes, embed_dim, generator=generator, device='cpu')
+        self.register_buffer('names', F.normalize(names, dim=1))
         self.temperature = temperature
 
     def forward(self,

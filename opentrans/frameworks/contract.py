@@ -189,7 +189,7 @@ def _take_any_size(cls):
 class _AnyVocabulary(nn.Module):
     "What a framework does with names."
     def text(self,
-        # `Vocabulary`, list of names, or (K,D) embeddings; None takes the training vocabulary
+        # `Vocabulary`, names in a list or with commas between, or (K,D) embeddings; None takes the training vocabulary
         vocabulary:Vocabulary|Sequence[str]|torch.Tensor|None=None,
     )->torch.Tensor: # (K,D) on the framework's device
         "Text embeddings of a vocabulary. Raises `OpenTransError` if there is none."
@@ -199,8 +199,8 @@ class _AnyVocabulary(nn.Module):
             raise OpenTransError("There are no class names. Pass build(..., vocabulary=...) to train, or "
                                  "predict(images, vocabulary).")
         if isinstance(names, torch.Tensor): return names.to(device)
-        is_known = isinstance(names, (str, Vocabulary))
-        known = names if is_known else tuple(names) # a list, or the index of a table
+        if isinstance(names, str): names = Vocabulary(names)
+        known = names if isinstance(names, Vocabulary) else tuple(names) # a list, or the index of a table
         key = (known, str(device))
         if key not in self._texts: # encoded once: an iteration of training must not wait for it
             self._texts[key] = self.backbone.encode_text(names).to(device)

@@ -6,7 +6,7 @@
 __all__ = ['slim_model', 'unit_scores']
 
 # %% ../../nbs/01n_slim.ipynb #df851820
-import copy
+import copy, warnings
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -132,11 +132,24 @@ def _slim_side(side):
         _add_to_bias(side.reader, added)
     if gone.any(): _cut(side, ~gone)
 
+def _count(model): return sum(parameter.numel() for parameter in model.parameters())
+
+def _tell_of_nothing(model):
+    "Warn that a model stays as large as it was."
+    advice = 'SparseMask.inner and SparseMask.heads make masks of whole units.'
+    if any(hasattr(module, 'tuned') for module in model.modules()):
+        advice = 'Layers with additions such as LoRA are left as they are: merge_peft(model) first.'
+    warnings.warn(
+        f"No inner channel, hidden unit or head of {type(model).__name__} is without all of its weights, so nothing "
+        f"was cut. {advice}")
+
+# %% ../../nbs/01n_slim.ipynb #98a0861b
 def slim_model(
     model:nn.Module, # In eval mode, with zeros in its weights; it is not changed
 )->nn.Module: # A smaller copy with the same outputs
-    """Cut inner channels, hidden units and heads that change nothing. Raises `OpenTransError` if a batch norm of
-    inner channels is in training mode, and where the model has nothing of the kind."""
+    """Cut inner channels, hidden units and heads that change nothing. Warns where there are none. Raises
+    `OpenTransError` if a batch norm of inner channels is in training mode, and where the model has nothing of the
+    kind."""
     sides = _inner_sides(model)
     if not sides and not _attentions(model):
         name = type(model).__name__
@@ -148,6 +161,7 @@ def slim_model(
     small = copy.deepcopy(model)
     for side in _inner_sides(small): _slim_side(side)
     _slim_heads(small)
+    if _count(small) == _count(model): _tell_of_nothing(model)
     return small
 
 @patch

@@ -6,7 +6,7 @@
 __all__ = ['NativeRegion', 'CompiledTower', 'compile', 'supported']
 
 # %% ../../nbs/07_sparse.ipynb #3f61e35a
-import copy, threading, time, warnings
+import copy, time, warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 import numpy as np
@@ -47,7 +47,6 @@ class NativeRegion(nn.Module):
         self.threads = threads
         self.check = check
         self.kernels = kernels
-        self.lock = threading.Lock()
         self.plans = PlanCache()
         self.reasons = {}
         self.faster = {} # sizes at which torch was faster: milliseconds of both
@@ -153,7 +152,7 @@ class NativeRegion(nn.Module):
         "The same as torch gives."
         now = self._now()
         if not self.why_not(inputs, now):
-            with self.lock: outputs = self._compute(inputs, now)
+            with self.plans.lock: outputs = self._compute(inputs, now)
             if outputs is not None: return outputs[0] if self.region.single else tuple(outputs)
         return self.dense(*inputs)
 

@@ -6,7 +6,7 @@
 __all__ = ['WORTH', 'why_no_linear', 'NativeLinear']
 
 # %% ../../nbs/07f_linear.ipynb #dfad2bc5
-import copy, threading, warnings
+import copy, warnings
 import numpy as np
 import torch
 from torch import nn
@@ -45,7 +45,6 @@ class NativeLinear:
         self.check = check
         self.plans = PlanCache()
         self.reasons = {}
-        self.lock = threading.Lock()
         self.state = None
         self.region = None
 
@@ -104,6 +103,6 @@ class NativeLinear:
         "The same as torch gives."
         if not self.why_not(x):
             rows = x.reshape(-1, x.shape[-1])
-            with self.lock: out = self._compute(rows)
+            with self.plans.lock: out = self._compute(rows)
             if out is not None: return out.reshape(*x.shape[:-1], -1)
         return nn.functional.linear(x, self.layer.weight, self.layer.bias)

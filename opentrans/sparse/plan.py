@@ -518,7 +518,16 @@ _PLANS = 4 # sizes of inputs for which plans keep their memory
 _CLOSE = 1e-4 # of the largest output: more must not lie between the engine and torch
 
 class PlanCache(OrderedDict):
-    "Plans by the sizes of their inputs, the last ones kept."
+    "Plans by the sizes of their inputs, the last ones kept, and what one thread at a time may hold to use them."
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __reduce__(self):
+        raise OpenTransError(
+            "A compiled model holds code of this machine and cannot be pickled, nor sent to another process. Save the "
+            "model and its mask and compile them where they are loaded, or write a file for the engine with bake.")
+
     def of(self, sizes:tuple, make:Callable[[], Plan]):
         "The plan for some sizes, made if it is not there."
         if sizes in self: self.move_to_end(sizes)

@@ -6,7 +6,7 @@
 __all__ = ['StoredWeight', 'describe', 'run_on_torch', 'StoredEngine', 'load']
 
 # %% ../../nbs/07g_stored.ipynb #2767bf54
-import copy, math, operator, threading, warnings
+import copy, math, operator, warnings
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
@@ -410,7 +410,6 @@ class StoredEngine(_OnEngine):
         self.plans = PlanCache()
         self.reasons = {} # size of images -> why they run on torch
         self.error = 0.
-        self.lock = threading.Lock()
         self.mean = torch.tensor(mean)[:, None, None] if len(mean) else None
         self.std = torch.tensor(std)[:, None, None] if len(std) else None
 
@@ -428,7 +427,7 @@ class StoredEngine(_OnEngine):
             raise OpenTransError(
                 "The engine takes images as a float32 tensor (B, channels, height, width) on the CPU.")
         x = images if self.mean is None else (images - self.mean)/self.std
-        with self.lock: found = self._natively(x)
+        with self.plans.lock: found = self._natively(x)
         if found is None: found = self._on_torch(x)
         values = dict(zip(self.region.outputs, found))
         out = _map_names(self.outputs, values.get)
