@@ -1,4 +1,5 @@
 "Frameworks as the rest of the package meets them: found when asked for, of the paper's size, and carrying a mask."
+import copy
 import numpy as np
 import open_clip
 import pandas as pd
@@ -185,6 +186,27 @@ def test_names_in_one_text_are_parted_by_commas_and_synonyms_by_semicolons(name)
     together = framework.predict(image, 'red star; star, grass, water')
     assert torch.equal(together, apart)
     assert framework.predict(image, 'grass').unique().tolist() == [0]
+
+@pytest.mark.parametrize('name', list_frameworks())
+def test_whole_models_of_other_bits_predict(name):
+    "A model that was cast as a whole, as one does to save memory, not under autocast."
+    framework = small(name).eval()
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    text = framework.text()
+    precise = copy.deepcopy(framework).double()
+    coarse = copy.deepcopy(framework).bfloat16()
+    with torch.no_grad():
+        logits = framework(image, text)
+        of_double = precise(image.double(), precise.text())
+        of_half = coarse(image.bfloat16(), coarse.text())
+    assert of_double.dtype == torch.float64 and of_half.dtype == torch.bfloat16
+    assert (of_double - logits).abs().max() < 1e-4*logits.std()
+    assert (of_half.float() - logits).abs().max() < .2*logits.std()
+    for kind in framework.kinds:
+        ours,theirs = framework.predict(image, kind=kind),precise.predict(image.double(), kind=kind)
+        if kind == 'boxes': assert ours[0]['labels'].equal(theirs[0]['labels'])
+        else: assert ours.equal(theirs)
+        coarse.predict(image.bfloat16(), kind=kind)
 
 def test_images_of_numpy_have_64_bits():
     framework = small('deeplabv3')

@@ -145,6 +145,11 @@ def _square_anchors(strides):
     return AnchorGenerator(sides, shapes)
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #fa5ff1eb
+def _precise(values):
+    "Numbers of at least 32 bits: boxes in pixels need them, and torchvision's suppression of overlaps knows no others."
+    precise = torch.promote_types(values.dtype, torch.float32)
+    return values.to(precise)
+
 @register_framework('detector')
 class Detector(Framework):
     "FCOS on CLIP with text embeddings for its classes."
@@ -276,8 +281,8 @@ class Detector(Framework):
         full = self.fill_up(images)
         said,maps = self.answers(full, text)
         squares,counts = self.cells(full, maps)
-        said = {name: value.split(counts, 1) for name,value in said.items()}
-        squares = [each.split(counts) for each in squares]
+        said = {name: _precise(value).split(counts, 1) for name,value in said.items()}
+        squares = [_precise(each).split(counts) for each in squares]
         height,width = images.shape[-2:]
         sizes = [(height, width)]*len(images)
         kept = self.fcos.score_thresh

@@ -94,9 +94,10 @@ class FASegPixelDecoder(PixelDecoder):
         features:dict[str, torch.Tensor], # The backbone's maps by name
     )->tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]: # (B,mask_dim,H/4,W/4); maps (B,hidden,h,w)
         "The features that masks are made of, maps coarse to fine, and their positional encodings."
-        with torch.autocast(device_of(self).type, enabled=False): # as in the reference: sampling wants float32
+        weight = self.mask_projection.weight
+        with torch.autocast(weight.device.type, enabled=False): # as in the reference: sampling wants float32
             names = self.names[::-1]
-            maps = [features[name].float() for name in names]
+            maps = [features[name].to(weight.dtype) for name in names]
             coarse = zip(self.input_projections, maps[:3])
             x = [project(m) for project,m in coarse]
             codes = [self.encode(i, m) for i,m in enumerate(x)]

@@ -123,7 +123,8 @@ class FCClipHead(DecoderPair):
 
     def embed(self, mask_features:torch.Tensor, queries:torch.Tensor, mask_logits:torch.Tensor):
         pooled = mask_mean(mask_features, mask_logits)
-        pooled = self.pool_proj(pooled)
+        norm = self.pool_proj[0]
+        pooled = self.pool_proj(pooled.to(norm.weight.dtype))
         return self.class_embed(pooled + queries)
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #c4f2bd8c

@@ -62,7 +62,7 @@ class DynamicFocusQuery(nn.Module):
         key_pos:torch.Tensor, # (B,HW,D)
     )->torch.Tensor: # (B,Q,D)
         "Averages of positional encodings under attention."
-        return attn @ key_pos
+        return attn.to(key_pos) @ key_pos
 
     def project(self, x:torch.Tensor)->torch.Tensor: # (B,Q,D) -> (B,Q,D)
         "h(x + B)."

@@ -112,8 +112,9 @@ class PixelDecoder(Mask2FormerPixelDecoder):
         features:dict[str, torch.Tensor], # The backbone's maps by name
     )->tuple[torch.Tensor, list[torch.Tensor]]: # Mask features (B,mask_dim,H/4,W/4), maps (B,hidden,h,w)
         "The features that masks are made of, and three maps that know of each other, coarse to fine."
-        with torch.autocast(device_of(self).type, enabled=False): # as in the reference: sampling wants float32
-            maps = [features[name].float() for name in self.names]
+        weight = self.mask_projection.weight
+        with torch.autocast(weight.device.type, enabled=False): # as in the reference: sampling wants float32
+            maps = [features[name].to(weight.dtype) for name in self.names]
             out = super().forward(maps)
         return out.mask_features,list(out.multi_scale_features)
 
@@ -207,7 +208,7 @@ def semantic_from_queries(
     shares = class_logits.softmax(-1)
     shares = shares[..., :-1]
     masks = mask_logits.sigmoid()
-    return torch.einsum('bqk,bqhw->bkhw', shares, masks)
+    return torch.einsum('bqk,bqhw->bkhw', shares.to(masks), masks)
 
 # %% ../../nbs/frameworks/32_queries.ipynb #47f18015
 class QueryScores(Scores):
@@ -220,7 +221,7 @@ class QueryScores(Scores):
         masks_first:bool=False, # Is it the masks that are resized to another size, and not the scores?
     ):
         shares = class_logits.softmax(-1)
-        self.shares = shares[..., :-1]
+        self.shares = shares[..., :-1].to(mask_logits)
         self.maps = mask_logits # of queries, not of classes
         self.masks_first = masks_first
         self.held = None
