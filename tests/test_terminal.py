@@ -119,3 +119,35 @@ def test_a_run_ends_with_its_miou_and_the_next_command(tmp_path):
     lost = CliRunner().invoke(app, [*base, str(tmp_path/'other'), '--eval-split', 'tomorrow', '--json'])
     assert lost.exit_code == 0 and 'there will be no mIoU at the end' in lost.stderr
     assert 'miou' not in json.loads(lost.stdout)
+
+ENDING = """
+import atexit, sys, weakref
+sys.argv = ['opentrans', *sys.argv[1:]]
+class Seen:
+    def __del__(self): print('taken apart')
+seen = Seen()
+from opentrans.cli import run_command
+atexit.register(print, 'registered before')
+print('waits in the buffer')
+finalizer = weakref.finalize(seen.__class__, print, 'finalized')
+run_command()
+"""
+
+def ended_process(code, *words, folder):
+    "A process of its own, not a forked one: how it ends is what is asked."
+    return subprocess.run([sys.executable, '-c', code, *words], cwd=folder, capture_output=True, text=True)
+
+@pytest.mark.parametrize('words,code', [(['--version'], 0), (['nosuch'], 2), (['segment', 'missing.jpg', 'cow'], 2)])
+def test_a_command_ends_with_its_code_after_all_that_waits_for_it(words, code, tmp_path):
+    ended = ended_process(ENDING, *words, folder=tmp_path)
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout.startswith('waits in the buffer')
+    assert 'finalized' in ended.stdout and 'registered before' in ended.stdout
+    assert 'taken apart' not in ended.stdout
+    assert ended.stderr.startswith(('Usage', 'error: The image')) == (code == 2)
+
+def test_an_error_nobody_expects_keeps_its_traceback(tmp_path):
+    failing = 'import opentrans.cli.entry as entry\nentry._run = lambda: 1/0\nrun_command()\n'
+    code = ENDING.replace('run_command()\n', failing)
+    ended = ended_process(code, '--version', folder=tmp_path)
+    assert ended.returncode == 1 and 'ZeroDivisionError' in ended.stderr and 'taken apart' in ended.stdout

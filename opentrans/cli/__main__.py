@@ -1,4 +1,4 @@
 "`python -m opentrans.cli` is the command `opentrans`."
-from opentrans.cli import main
+from opentrans.cli import run_command
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': run_command()
