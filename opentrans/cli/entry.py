@@ -6,7 +6,7 @@
 __all__ = ['main', 'run_command']
 
 # %% ../../nbs/app/70j_entry.ipynb #1ac7a722
-import atexit, copy, errno, os, sys, threading, warnings
+import atexit, copy, errno, multiprocessing, os, sys, threading, warnings
 from ..errors import OpenTransError, shorten
 from ..escape import printable
 from .options import app
@@ -34,7 +34,8 @@ def main():
 
 # %% ../../nbs/app/70j_entry.ipynb #2a476ea6
 def _must_wait():
-    "Is there a thread for which Python waits before it ends?"
+    "Is this a child of another Python process, which ends it, or is there a thread for which Python waits?"
+    if multiprocessing.parent_process(): return True
     main_thread = threading.main_thread()
     return any(thread is not main_thread and not thread.daemon for thread in threading.enumerate())
 
