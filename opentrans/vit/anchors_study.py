@@ -22,7 +22,7 @@ from .anchors import as_anchor
 from .esta_study import (
     BASE, batches, best_of_intervals, cosine, crops, objects, rows_after_family, SIZE, train)
 from .stitch_training import _learning, _size_of, StitchSampler, StitchTrainer
-from .stitching import apply_pst, stitch_configs, StitchableNet
+from .stitching import apply_pst, merge_stitch, stitch_configs, StitchableNet
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #811aee23
 def resnet(width:int)->nn.Module: # Width of its first stage
@@ -179,10 +179,10 @@ def _stitched(anchors, scale, family, images, seed):
     return net
 
 def _sampler_of(net, scale, seed):
-    "Draws the networks of a family, which cost as much as they have parameters."
+    "Draws the networks of a family, which cost as much as they have parameters once they are merged."
     costs = []
     for stitch in range(len(net.configs)):
-        network = net.extract(stitch)
+        network = merge_stitch(net, stitch)
         costs.append(_size_of(network.parameters()))
     intervals = min(scale['intervals'], len(costs))
     return StitchSampler(costs, intervals, warmup=scale['warmup'], seed=seed)
