@@ -1,5 +1,5 @@
 "Fine-tuning under fault: killed, out of disk, poisoned, resumed by mistake."
-import functools, importlib, json, os, random, textwrap
+import functools, importlib, json, os, random, shutil, textwrap
 from pathlib import Path
 import numpy as np
 import pytest
@@ -107,6 +107,26 @@ def test_a_run_on_other_things_beside_its_weights_is_refused(tmp_path, world, wh
     del settings[what]
     save_tensors(tensors, path, dict(meta, settings=settings))
     assert go(tiny_backbone(), world).equals(whole)
+
+def test_the_history_beside_a_checkpoint_has_all_its_rows(tmp_path, world, monkeypatch):
+    "Killed between the last checkpoint and the history, or with a folder that went away: the file is the unbroken one's."
+    def go(folder, **kw): finetune(new(world), world, quick, checkpoint_dir=tmp_path/folder, checkpoint_every=1, **kw)
+    def history(folder): return (tmp_path/folder/'history.csv').read_text()
+    def lose(framework, row):
+        if row['iteration'] == 2: shutil.rmtree(tmp_path/'lost')
+    go('whole')
+    go('lost', callback=lose)
+    assert history('lost') == history('whole')
+    def killed(history):
+        if len(history.rows) == quick.iterations: raise KeyboardInterrupt
+        write(history)
+    kind = importlib.import_module('opentrans.training.finetune')._History
+    write = kind.write
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, 'write', killed)
+        with pytest.raises(KeyboardInterrupt): go('killed')
+    go('killed')
+    assert history('killed') == history('whole')
 
 def test_a_run_that_has_ended_can_be_lengthened(tmp_path, world):
     "Four iterations, then four more: bit for bit the run of eight, where the learning rate does not know the end."

@@ -448,11 +448,11 @@ class _History:
         frame = pd.DataFrame(self.rows, columns=self.columns)
         return frame.astype(dict(iteration=int)) if self.rows else frame
     def write(self):
-        """Bring the file up to date: new rows are added, and after a resume, or with a new column, it is written
-        anew. Raises `WriteError`."""
+        """Bring the file up to date: new rows are added, and after a resume, with a new column, or if it is gone, it is
+        written anew. Raises `WriteError`."""
         if self.path is None or self.written == len(self.rows): return
         columns = self.columns
-        if columns != self.written_columns:
+        if columns != self.written_columns or not self.path.exists():
             self.written = 0
             self.written_columns = columns
         new = self.frame().iloc[self.written:]
@@ -671,8 +671,8 @@ class _Run(_RunState):
         "Write the checkpoint, if there is a folder and something new; one process does so for all."
         if self.checkpoint is None: return
         is_written = self.saved == self.iteration and self.checkpoint.path.exists()
-        if is_written: return
-        self.team.together(self._write_checkpoint)
+        # a run may have been killed between its checkpoint and its history
+        self.team.together(self.history.write if is_written else self._write_checkpoint)
         self.saved = self.iteration
 
     def _write_checkpoint(self):
