@@ -109,7 +109,7 @@ def test_a_run_on_other_things_beside_its_weights_is_refused(tmp_path, world, wh
     assert go(tiny_backbone(), world).equals(whole)
 
 def test_the_history_beside_a_checkpoint_has_all_its_rows(tmp_path, world, monkeypatch):
-    "Killed between the last checkpoint and the history, or with a folder that went away: the file is the unbroken one's."
+    "Killed between the last checkpoint and the history, or in a folder that went away: it is as of an unbroken run."
     def go(folder, **kw): finetune(new(world), world, quick, checkpoint_dir=tmp_path/folder, checkpoint_every=1, **kw)
     def history(folder): return (tmp_path/folder/'history.csv').read_text()
     def lose(framework, row):
