@@ -98,7 +98,7 @@ def test_nothing_is_trained_again_if_measuring_breaks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('breaks_at', (1, 2, 3))
 def test_a_course_of_alpha_loses_no_point_of_its_own(tmp_path, monkeypatch, breaks_at):
-    "Broken off behind a checkpoint and before it was measured, the last of all included: the file is the unbroken one's."
+    "Broken off behind a checkpoint and before it was measured, the last one included: it is as of an unbroken run."
     scale = dataclasses.replace(ex.SCALES['smoke'], warmup=1, iterations=2, checkpoint=1)
     whole = ex.alpha_course(scale, 0, tmp_path/'whole')
     assert whole['iterations'] == [0, 1, 2, 3]
