@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from opentrans.files import lock_folder
 from test_cli import fails, opentrans
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -30,7 +31,7 @@ def test_spt(pictures, tmp_path):
     told = json.loads(r.stdout)
     assert (8820 <= told['spent'] <= 9000 and told['merged_difference'] < 1e-5 and told['onnx_difference'] < 1e-3
             and told['samples'] == 6)
-    assert {p.name for p in tmp_path.iterdir()} == {'allocation.json', 'table.csv', 'spt.safetensors',
+    assert {p.name for p in tmp_path.iterdir()} == {'.lock', 'allocation.json', 'table.csv', 'spt.safetensors',
                                                     'merged.safetensors', 'merged.onnx', 'report.json',
                                                     'settings.json'}
     assert json.loads((tmp_path/'report.json').read_text())['trained'] == told['spent'] + told['head']
@@ -55,6 +56,17 @@ def test_spvit(pictures, tmp_path):
     assert told['gflops'] < told['gflops_before']
     assert (json.loads((tmp_path/'hybrid.json').read_text())['ops'] == told['operations'].split()
             and (tmp_path/'slim.safetensors').exists())
+
+@pytest.mark.parametrize('command', (('spt', '--model', 'test_vit'), ('stitch', '--models', 'test_vit,test_vit'),
+                                     ('spvit', '--model', 'test_vit')))
+def test_two_commands_do_not_share_a_folder(pictures, tmp_path, command):
+    "The second one is refused, and leaves what the first one has written; a refused one in a new folder leaves none."
+    name, *models = command
+    with lock_folder(tmp_path):
+        assert 'Another run is at work' in fails(name, pictures, *models, *TINY, '--out', tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ['.lock']
+    assert 'a smaller l' in fails(name, pictures, *models, *TINY, '--lr', 1e30, '--out', tmp_path/'new')
+    assert not (tmp_path/'new').exists() or name == 'spt' # whose allocation is there before it is trained
 
 @pytest.mark.parametrize('args, words',
                          [(('spt', 'nowhere'), 'There is no folder'),

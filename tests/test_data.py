@@ -124,9 +124,16 @@ def test_a_write_that_is_cut_short_is_no_data_set(tmp_path):
     def stop(s, i):
         if i == 3: raise KeyboardInterrupt
         return s
+    def is_none():
+        with pytest.raises(OpenTransError, match='missing: coco/annotations/panoptic_val2017.json'):
+            open_dataset('coco_panoptic', tmp_path)
     with pytest.raises(KeyboardInterrupt): write_coco_panoptic(View(ShapesWorld(n=6), transform=stop), tmp_path)
-    with pytest.raises(OpenTransError, match='missing: coco/annotations/panoptic_val2017.json'):
-        open_dataset('coco_panoptic', tmp_path)
+    is_none()
+    write_coco_panoptic(ShapesWorld(n=6), tmp_path)
+    assert len(open_dataset('coco_panoptic', tmp_path)) == 6
+    other = ShapesWorld(n=6, seed=1)
+    with pytest.raises(KeyboardInterrupt): write_coco_panoptic(View(other, transform=stop), tmp_path)
+    is_none() # of the pictures three would be old and three new
 
 # damage
 

@@ -96,6 +96,24 @@ def test_nothing_is_trained_again_if_measuring_breaks(tmp_path, monkeypatch):
     assert (ex.run_arms(DISK, 0, tmp_path/'runs', arms=arms)[0]['miou'] and steps == [0, 0, 1]
             and not list((tmp_path/'runs').glob('*.run')))
 
+@pytest.mark.parametrize('breaks_at', (1, 2, 3))
+def test_a_course_of_alpha_loses_no_point_of_its_own(tmp_path, monkeypatch, breaks_at):
+    "Broken off behind a checkpoint and before it was measured, the last one included: it is as of an unbroken run."
+    scale = dataclasses.replace(ex.SCALES['smoke'], warmup=1, iterations=2, checkpoint=1)
+    whole = ex.alpha_course(scale, 0, tmp_path/'whole')
+    assert whole['iterations'] == [0, 1, 2, 3]
+    analyze = ex.studies.analyze
+    seen = []
+    def breaks(*args, **kw):
+        seen.append(1)
+        if len(seen) == breaks_at+1: raise KeyboardInterrupt
+        return analyze(*args, **kw)
+    monkeypatch.setattr(ex.studies, 'analyze', breaks)
+    with pytest.raises(KeyboardInterrupt): ex.alpha_course(scale, 0, tmp_path/'broken')
+    assert ex.alpha_course(scale, 0, tmp_path/'broken') == whole
+    names = [sorted(path.name for path in (tmp_path/name).iterdir()) for name in ('whole', 'broken')]
+    assert names[0] == names[1]
+
 def test_images_of_several_sizes(tmp_path):
     "Similarity is measured on them, and pictures are of the images that they stand beside."
     clip = ex.open_clip_of(DISK)

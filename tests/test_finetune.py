@@ -1,5 +1,5 @@
 "Fine-tuning under fault: killed, out of disk, poisoned, resumed by mistake."
-import functools, importlib, json, os, random, textwrap
+import functools, importlib, json, os, random, shutil, textwrap
 from pathlib import Path
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from opentrans.clip import ClipBackbone
 from opentrans.core import LayerSelection
 from opentrans.errors import OpenTransError
 from opentrans.files import load_tensors
-from opentrans.data import ShapesWorld, View, read_sample
+from opentrans.data import ShapesWorld, View, Vocabulary, read_sample
 from opentrans.errors import FormatError, OtherRun
 from opentrans.files import save_json, save_tensors
 from opentrans.training import (
@@ -85,6 +85,48 @@ def test_a_run_of_other_settings_is_refused(tmp_path, world, change):
                  framework=lambda: new(world, width=24))[change]
     with pytest.raises(OpenTransError, match='had other settings'): go(**dict(run, **{change: other}))
     assert (tmp_path/'last.safetensors').read_bytes() == before
+
+@pytest.mark.parametrize('what', ('text_encoder', 'prompts', 'output_stride'))
+def test_a_run_on_other_things_beside_its_weights_is_refused(tmp_path, world, what):
+    """The text encoder, the prompts and the stride are in no checkpoint: a run that went on with others would be one of
+    two models. A file of an older run says nothing of them, and goes on."""
+    def go(clip, data):
+        seg = build('deeplabv3', clip, vocabulary=data.vocabulary, preset='small', width=16, seed=0)
+        return finetune(seg, data, quick, checkpoint_dir=tmp_path)
+    whole = go(tiny_backbone(), world)
+    other = ShapesWorld(n=len(world), size=32)
+    if what == 'prompts': other.vocabulary = Vocabulary(world.vocabulary.entries, ['a drawing of a {}.'])
+    clip = tiny_backbone(seed=what == 'text_encoder')
+    if what == 'output_stride': clip = ClipBackbone.create('shapes-rn', output_stride=16)
+    path = tmp_path/'last.safetensors'
+    before = path.read_bytes()
+    with pytest.raises(OtherRun, match=f'{what} was'): go(clip, other)
+    assert path.read_bytes() == before
+    tensors,meta = load_tensors(path)
+    settings = json.loads(meta['settings'])
+    del settings[what]
+    save_tensors(tensors, path, dict(meta, settings=settings))
+    assert go(tiny_backbone(), world).equals(whole)
+
+def test_the_history_beside_a_checkpoint_has_all_its_rows(tmp_path, world, monkeypatch):
+    "Killed between the last checkpoint and the history, or in a folder that went away: it is as of an unbroken run."
+    def go(folder, **kw): finetune(new(world), world, quick, checkpoint_dir=tmp_path/folder, checkpoint_every=1, **kw)
+    def history(folder): return (tmp_path/folder/'history.csv').read_text()
+    def lose(framework, row):
+        if row['iteration'] == 2: shutil.rmtree(tmp_path/'lost')
+    go('whole')
+    go('lost', callback=lose)
+    assert history('lost') == history('whole')
+    def killed(history):
+        if len(history.rows) == quick.iterations: raise KeyboardInterrupt
+        write(history)
+    kind = importlib.import_module('opentrans.training.finetune')._History
+    write = kind.write
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, 'write', killed)
+        with pytest.raises(KeyboardInterrupt): go('killed')
+    go('killed')
+    assert history('killed') == history('whole')
 
 def test_a_run_that_has_ended_can_be_lengthened(tmp_path, world):
     "Four iterations, then four more: bit for bit the run of eight, where the learning rate does not know the end."

@@ -214,17 +214,20 @@ Config = Annotated[Optional[str], typer.Option(
 @contextlib.contextmanager
 def settings_kept(
     out, # Folder that results go to, or None
+    alone:bool=False, # Keep other commands out of the folder? Those that train hold a folder inside of it themselves
     **more, # As `keep_settings` takes them
 ):
     """What a run runs with is kept from its beginning; of a run that is refused before it has written anything,
     nothing is left."""
+    from opentrans.files import lock_folder
     new = out is not None and not os.path.exists(out)
-    keep_settings(out, **more)
-    try: yield
-    except OpenTransError:
-        if new and first_process() and os.listdir(out) == ['settings.json']: shutil.rmtree(out)
-        raise
-    keep_settings(out, tell=False, ended=True, **more)
+    with lock_folder(out if alone else None):
+        keep_settings(out, **more)
+        try: yield
+        except OpenTransError:
+            if new and first_process() and {*os.listdir(out)} <= {'settings.json', '.lock'}: shutil.rmtree(out)
+            raise
+        keep_settings(out, tell=False, ended=True, **more)
 
 def first_process()->bool:
     "Is this the one of several processes that writes and prints?"

@@ -68,9 +68,9 @@ def spt(
     _writable(out and Path(out)/'report.json')
     start = pretrained, size, seed, device, allow_hub, batch_size, workers
     (network,), train, val = _opened(images, [model], *start)
-    with settings_kept(out):
+    with settings_kept(out, alone=True):
         told = spt_on(network, train, val, out, budget, kind, rank, samples, epochs, lr, seed, onnx)
-    _finish(told, out, as_json, f'{model}: sensitivity-aware fine-tuning')
+        _finish(told, out, as_json, f'{model}: sensitivity-aware fine-tuning')
 
 @app.command()
 def stitch(
@@ -97,9 +97,9 @@ def stitch(
     if len(names) < 2: raise OpenTransError(f"--models {models}: name at least two, small to large, with commas.")
     start = pretrained, size, seed, device, allow_hub, batch_size, workers
     family, train, val = _opened(images, names, *start)
-    with settings_kept(out):
+    with settings_kept(out, alone=True):
         frame = stitch_on(family, train, val, out, points, None, epochs, lr, seed, onnx, kind, alone)
-    if out: _save_table(frame, Path(out)/'palette.csv')
+        if out: _save_table(frame, Path(out)/'palette.csv')
     networks, trained = frame.attrs['stitches'], frame.attrs['trained']
     show(frame, as_json, f'{networks} networks, {trained:,} trained parameters')
 
@@ -119,9 +119,9 @@ def spvit(
     _writable(out and Path(out)/'report.json')
     start = pretrained, size, seed, device, allow_hub, batch_size, workers
     (network,), train, val = _opened(images, [model], *start)
-    with settings_kept(out):
+    with settings_kept(out, alone=True):
         _, told = spvit_on(network, train, val, out, share, search, tune, 100., lr, gate_lr, seed, onnx)
-    _finish(told, out, as_json, f'{model}: single-path pruning')
+        _finish(told, out, as_json, f'{model}: single-path pruning')
 
 def _finish(told, out, as_json, title):
     from opentrans.files import save_json

@@ -381,7 +381,14 @@ def _box(m):
     return [left, top, int(x.max())-left+1, int(y.max())-top+1]
 
 # %% ../../nbs/data/15_datasets.ipynb #618dbb7e
-def _write_maps(data, root, split, ids):
+def _remove_old(file):
+    """Remove the JSON file of a data set before the first of its pictures is replaced: it would name those of two data
+    sets if the rest were not. Raises `OpenTransError` if it cannot be removed."""
+    try: file.unlink(missing_ok=True)
+    except OSError as error:
+        raise OpenTransError(f"Cannot replace '{file}': {error.strerror}. Choose another place.") from error
+
+def _write_maps(data, root, split, ids, file):
     "Write the picture and the panoptic map of each sample; what the JSON file shall say of them."
     images = []
     annotations = []
@@ -398,6 +405,7 @@ def _write_maps(data, root, split, ids):
         written[name] = key
         maps,info = _segments(sample, ids)
         picture = (sample['image'].permute(1, 2, 0)*255).round().byte().numpy()
+        if not images: _remove_old(file)
         for folder,values in ((f'{split}2017', picture), (f'panoptic_{split}2017', maps)):
             with atomic_path(root/folder/name) as path: Image.fromarray(values).save(path)
         images.append(dict(id=i, file_name=name, height=height, width=width))
@@ -426,13 +434,13 @@ def write_coco_panoptic(
     else:
         ids = list(range(1, len(vocabulary)+1))
         names = vocabulary.entries
-    images,annotations = _write_maps(data, root, split, ids)
+    path = root/f'annotations/panoptic_{split}2017.json'
+    images,annotations = _write_maps(data, root, split, ids, path)
     categories = [dict(id=k, name=name, isthing=int(c in things)) for c,(k,name) in enumerate(zip(ids, names))]
     name = getattr(data, 'name', type(data).__name__)
     ours = dict(name=name, templates=vocabulary.templates, groups=getattr(data, 'groups', {}))
     info = dict(description=name, opentrans=ours)
     text = json.dumps(dict(info=info, images=images, annotations=annotations, categories=categories))
-    path = root/f'annotations/panoptic_{split}2017.json'
     save_text(text, path)
     return path
 

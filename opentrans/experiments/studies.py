@@ -31,11 +31,11 @@ from opentrans.experiments.figures import (
 from .jobs import hold_folders, run_jobs, seed_folders
 from .registry import find_masks, study, Study, STUDY_FILE
 from .scale import Measured, open_clip_of, open_things, Scale, stored_scale, world_of
-from ..files import check_shape, FileKind, load_json, save_json
+from ..files import check_shape, FileKind, load_json, load_metadata, metadata_value, save_json
 from ..frameworks.contract import get_framework
 from ..heavy_tail import analyze
 from ..pruning import compare_masks, plot_overlap
-from ..training import finetune
+from ..training import finetune, load_framework
 
 # %% ../../nbs/experiments/56_results.ipynb #b0d0eefd
 FRAMEWORK_TITLES = {name: get_framework(name).title for name in (*OTHER_FRAMEWORKS, 'fpn')} # in print
@@ -343,11 +343,22 @@ def _course_of(seen):
     return course
 
 # %% ../../nbs/experiments/56_results.ipynb #afc3d4ae
+def _measure_last(measure, open_again, run):
+    """Measure the weights of the last checkpoint of a course, in a framework of their own: it may have been broken off
+    before they were measured."""
+    last = Path(run['checkpoint_dir'])/'last.safetensors' if run else None
+    if last is None or not last.exists(): return
+    done = metadata_value(load_metadata(last), 'iteration', int, last)
+    seg,_ = open_again()
+    load_framework(seg, last)
+    measure(seg, dict(iteration=done-1))
+
 def alpha_course(scale:Scale, seed:int, folder:str|Path, mask:str|None=None):
     "Alpha of each layer before, and its median during a fine-tuning of all layers (Fig. 6, 7 and 9)."
     kept = Path(folder)/f"course-{mask or 'dense'}.json"
     if kept.exists(): return load_json(kept, _Course, COURSE_FILE)
-    seg,opened = open_arm(Arm('', mask), scale, seed, folder)
+    def open_again(): return open_arm(Arm('', mask), scale, seed, folder)
+    seg,opened = open_again()
     total = scale.warmup+scale.iterations
     every = max(1, total//15)
     part = kept.with_suffix('.part.json')
@@ -360,6 +371,7 @@ def alpha_course(scale:Scale, seed:int, folder:str|Path, mask:str|None=None):
             seen[str(done)] = table.alpha.to_dict()
             if scale.checkpoint: save_json(seen, part, PART_FILE)
     with checkpoints(kept, scale) as run:
+        _measure_last(measure, open_again, run)
         with maybe_mask(opened, seg):
             measure(seg)
             data = world_of(scale, seed)['train']

@@ -22,7 +22,7 @@ from ..errors import (
     check_number, FormatError, Interrupted, none_if_off, OpenTransError, shorten, WriteError)
 from ..escape import csv_text
 from ..files import (
-    check_like, FileKind, load_metadata, load_tensors, metadata_value, optimizer_tensors, read_checkpoint,
+    check_like, checksum, FileKind, load_metadata, load_tensors, metadata_value, optimizer_tensors, read_checkpoint,
     restore_optimizer, RunFile, save_tensors, save_text, state_dict_of, strip_prefix)
 from ..frameworks.contract import Framework
 from ..processes import has_lost_another, Processes, train_step
@@ -180,6 +180,17 @@ def _in_force(framework):
     learn = sum(param.numel() for param in framework.parameters() if param.requires_grad)
     return dict(weights_under_masks=masked, numbers_that_learn=learn)
 
+def _beside_weights(framework, data):
+    "What a run depends on that no checkpoint holds: the text encoder, its prompts, and the stride of the backbone."
+    backbone = framework.backbone
+    prompts = [getattr(data.vocabulary, name, None) for name in ('entries', 'templates')]
+    told = dict(prompts=_digest(prompts), output_stride=getattr(backbone, 'output_stride', None))
+    encoder = getattr(getattr(backbone, 'text', None), 'model', None)
+    if isinstance(encoder, torch.nn.Module):
+        weights = {name: t for name,t in encoder.state_dict().items() if isinstance(t, torch.Tensor)}
+        told['text_encoder'] = checksum(weights, {})[7:19] # behind 'sha256:'
+    return told
+
 def run_settings(
     framework:Framework, # A `Framework`, before the first step
     data:Dataset, # Data set
@@ -198,6 +209,7 @@ def run_settings(
     settings['selection'] = _selection_in_words(selection)
     settings['weights_at_zero'] = _weights_at_zero(framework)
     settings |= _in_force(framework)
+    settings |= _beside_weights(framework, data)
     for values in _layer_values(per_layer):
         digest = _digest([sorted(values.items()), values.base])
         settings[f'{values.what}_of_layers'] = f"{values.rule} {digest}"
@@ -231,6 +243,8 @@ def _history_bits(rows, columns):
     return table.reshape(len(rows), len(columns)).view(torch.int64)
 
 # %% ../../nbs/training/41_finetune.ipynb #4970ff7e
+_LATER_SETTINGS = ('weights_under_masks', 'numbers_that_learn', 'prompts', 'output_stride', 'text_encoder')
+
 class _CheckpointFile:
     "The file of a run, and the settings that it was begun with."
     def __init__(self,
@@ -262,7 +276,7 @@ class _CheckpointFile:
         ended, and this one may lengthen it and asks for more iterations, the longer course takes the place of the
         file's."""
         now = self.file.settings
-        for name in ('weights_under_masks', 'numbers_that_learn'): # files of older runs do not say
+        for name in _LATER_SETTINGS: # files of older runs do not say
             if name in now: was = {name: now[name], **was}
         before = was.get('recipe.iterations')
         wanted = now.get('recipe.iterations')
@@ -434,11 +448,11 @@ class _History:
         frame = pd.DataFrame(self.rows, columns=self.columns)
         return frame.astype(dict(iteration=int)) if self.rows else frame
     def write(self):
-        """Bring the file up to date: new rows are added, and after a resume, or with a new column, it is written
-        anew. Raises `WriteError`."""
+        """Bring the file up to date: new rows are added, and after a resume, with a new column, or if it is gone, it is
+        written anew. Raises `WriteError`."""
         if self.path is None or self.written == len(self.rows): return
         columns = self.columns
-        if columns != self.written_columns:
+        if columns != self.written_columns or not self.path.exists():
             self.written = 0
             self.written_columns = columns
         new = self.frame().iloc[self.written:]
@@ -657,8 +671,8 @@ class _Run(_RunState):
         "Write the checkpoint, if there is a folder and something new; one process does so for all."
         if self.checkpoint is None: return
         is_written = self.saved == self.iteration and self.checkpoint.path.exists()
-        if is_written: return
-        self.team.together(self._write_checkpoint)
+        # a run may have been killed between its checkpoint and its history
+        self.team.together(self.history.write if is_written else self._write_checkpoint)
         self.saved = self.iteration
 
     def _write_checkpoint(self):
