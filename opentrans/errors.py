@@ -9,11 +9,26 @@ __all__ = ['OpenTransError', 'FormatError', 'DamagedFile', 'OtherRun', 'WriteErr
 # %% ../nbs/00_errors.ipynb #6115c07e
 import difflib, importlib, math, numbers, re
 from collections.abc import Iterable
+from typing import Any
 
 # %% ../nbs/00_errors.ipynb #59785a65
+# what a `DataLoader` makes of the message of an error in one of its processes: the whole traceback, as text
+_FROM_WORKER = re.compile(r'Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback .*^(?:\w+\.)+\w+: (.*)',
+                          re.DOTALL | re.MULTILINE)
+
+def _own_words(told):
+    "A message, without the traceback that a `DataLoader` puts around it."
+    found = _FROM_WORKER.fullmatch(told) if isinstance(told, str) else None
+    return found[1].strip() if found else told
+
 class OpenTransError(ValueError):
     "Bad input. The message says what was given, what is allowed, and what to do."
     exit_code = 2 # What a command exits with
+
+    def __init__(self,
+        *told:Any, # The message; of an error that a `DataLoader` brings from its process, what the error itself said
+    ):
+        super().__init__(*map(_own_words, told))
 
 class FormatError(OpenTransError):
     "A file or a text holds something else than what was asked for, or is of a newer format."

@@ -6,15 +6,16 @@
 __all__ = ['parse_names', 'to_image', 'segment', 'overlay', 'unseen', 'guesses', 'playground']
 
 # %% ../nbs/app/71_playground.ipynb #195750dd
-import math, threading, warnings
+import math, os, threading, warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from .clip import class_prompts, ClipBackbone
 from .data import class_colours, read_picture, ShapesWorld, Vocabulary
-from .errors import OpenTransError, optional
+from .errors import OpenTransError, optional, shorten
 from .escape import for_html, for_plot
 from .frameworks.contract import Framework, resize
 from .naming import name_some
@@ -27,7 +28,9 @@ if TYPE_CHECKING: # for types alone
 def parse_names(
     text:str, # E.g. `'sofa | couch, dog, grass'`
 )->Vocabulary: # The classes, each once, in order
-    "Read class names that someone typed. Raises `OpenTransError` if there are none."
+    "Read class names that someone typed. Raises `OpenTransError` if there are none, and for the path of a file."
+    if Path(text).suffix and os.path.isfile(text):
+        raise OpenTransError(f"'{shorten(text, 60)}' is a file. Give the names themselves: sky, road, a red car.")
     names = []
     for typed in text.replace('\n', ',').split(','):
         words = [' '.join(word.split()) for word in typed.split('|')]

@@ -166,6 +166,20 @@ def test_a_difference_is_the_difference():
     same(analyze(after.state_dict(), base=before.state_dict(), skip=()), found)
     assert found.options['base'] == 'Sequential'
 
+@pytest.mark.parametrize('xmin', ['ks', 'median'])
+def test_alpha_of_a_difference_does_not_depend_on_its_size(xmin):
+    "A smaller learning rate makes a smaller change, and no other spectrum."
+    before = nn.Linear(64, 64, bias=False).double()
+    change = torch.randn(64, 64, dtype=torch.float64)
+    alphas = []
+    for size in (1., 1e-2, 1e-3, 1e-4):
+        after = copy.deepcopy(before)
+        with torch.no_grad(): after.weight += size*change
+        t = analyze(after, xmin, base=before, skip=())
+        assert t.frame.n_evals.item() == 64 and t.frame.reason.item() == ''
+        alphas.append(t.frame.alpha.item())
+    assert np.allclose(alphas, alphas[0], rtol=1e-4), alphas
+
 def test_what_did_not_change_or_is_not_there():
     before,after = net(),net()
     with torch.no_grad(): after[1].weight += .1

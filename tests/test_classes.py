@@ -70,6 +70,8 @@ FORMS = {'plain': 'sky\ntraffic light\n', 'byte-order mark': '\ufeffsky\ntraffic
          'number behind a colon': 'sky: 0\ntraffic light: 1', 'tab and number': 'sky\t0\ntraffic light\t1',
          'CSV with headings': 'id,name\n0,sky\n1,traffic light\n',
          'CSV, names first': 'name,id\nsky,0\ntraffic light,1\n', 'CSV without headings': '0,sky\n1,traffic light',
+         'CSV with semicolons': 'id;name\n0;sky\n1;traffic light\n',
+         'semicolons without headings': '0;sky\n1;traffic light',
          'CSV with quotes': 'id,name\r\n0,"sky"\r\n1,"traffic light"\r\n',
          'CSV with other columns': 'id,name,r,g,b\n0,sky,70,130,180\n1,traffic light,250,170,30',
          'CSV with capitals': 'Index,Class\n0,sky\n1,traffic light',
@@ -110,6 +112,9 @@ DOUBTFUL = {'empty': (b'', 'no lines'), 'only comments': (b'# a\n\n', 'no lines'
             'Latin-1': ('caf\xe9'.encode('latin-1'), 'UTF-8'), 'JSON': (b'["sky", "road"]', 'like JSON'),
             'empty names': (b'0:\n1:sky', 'empty name'), 'picture': (b'\x89PNG\r\n\x1a\n\0\0', 'UTF-8'),
             'long': (b'x'*10**6, 'characters'), 'very large': (b'a\n'*10**7, 'at most'),
+            'YAML of a data set': (b'path: ../street\ntrain: images\nnames:\n  0: sky\n  1: road\n', 'key of YAML'),
+            'YAML with brackets': (b'nc: 2\nnames: [sky, road]\n', 'key of YAML'),
+            'YAML with more behind': (b'names:\n  0: sky\n  1: road\nnc: 2\n', 'key of YAML'),
             'headings only': (b'id,name\n', 'at least one'),}
 
 @pytest.mark.parametrize('form', DOUBTFUL)

@@ -198,7 +198,9 @@ def test_settings_from_a_file(streets, tmp_path, small_looks):
             told['scale']) == (2, 'sgd', .001, 2, 3, 0, [.5, 1.5])
     assert (kept['command'] == 'finetune' and kept['iterations'] == 2 and 'settings: ' in r.stderr
             and '"optimizer": "sgd"' in r.stderr)
-    assert 'best_miou' in json.loads(r.stdout) and (tmp_path/'a'/'run'/'best.safetensors').exists()
+    done = json.loads(r.stdout)
+    # the same weights, judged in the same way
+    assert done['best_miou'] == done['miou'] and (tmp_path/'a'/'run'/'best.safetensors').exists()
     r = opentrans('finetune', '--config', tmp_path/'a'/'settings.json', '--out', tmp_path/'b')
     assert r.returncode == 0, r.stderr
     assert (tmp_path/'a'/'run'/'history.csv').read_text() == (
@@ -283,6 +285,54 @@ def test_a_folder_never_seen(odd_streets, tmp_path, small_looks):
     assert (json.loads(r.stdout)['tuned']['miou'] == res['miou']
             and {p.name for p in (tmp_path/'c').iterdir()} == {'runs.csv', 'runs.png'})
     assert 'There is no result' in fails('compare', tmp_path)
+
+def test_a_package_of_ones_own_has_the_command(tmp_path):
+    "As the tutorial on frameworks says: what a package registers is known to `python -m` of it."
+    package = tmp_path/'my_package'
+    package.mkdir()
+    (package/'__init__.py').write_text(
+        "from opentrans.data import register_dataset\n"
+        "from opentrans.frameworks import register_framework\n"
+        "register_framework('mine', module='my_package.mine')\n"
+        "@register_dataset('my tiles', 'Make them.')\n"
+        "def tiles(root, split='val'): raise NotImplementedError\n")
+    (package/'__main__.py').write_text("from opentrans.cli import main\nif __name__ == '__main__': main()\n")
+    (package/'mine.py').write_text(
+        "from torch import nn\n"
+        "from opentrans.frameworks import Framework, register_framework, resize, text_logits\n"
+        "@register_framework('mine')\n"
+        "class Mine(Framework):\n"
+        "    def __init__(self, backbone, vocabulary=None):\n"
+        "        super().__init__(backbone, vocabulary)\n"
+        "        self.proj = nn.Conv2d(backbone.channels['res5'], backbone.embed_dim, 1)\n"
+        "    def forward(self, images, text):\n"
+        "        found = text_logits(self.proj(self.backbone(images)['res5']), text)\n"
+        "        return resize(found, images.shape[-2:])\n")
+    where = os.pathsep.join([str(tmp_path), *sys.path])
+    def run(*words):
+        command = [sys.executable, '-m', 'my_package', *words]
+        r = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': where})
+        assert r.returncode == 0, r.stderr
+        return json.loads(r.stdout)
+    assert 'my tiles' in run('data', 'list', '--json')
+    cost = ('shapes-rn', '--size', '64x64', '--json')
+    assert run('cost', *cost, '--framework', 'mine')['params'] > 10**6
+
+def test_data_check_counts_images_alone(tmp_path):
+    "A finding about all images is no image; a file of names in YAML is no name."
+    for folder in ('images', 'labels'): (tmp_path/folder).mkdir()
+    for i in range(3):
+        Image.new('RGB', (8, 6)).save(tmp_path/'images'/f'{i}.png')
+        Image.fromarray(np.where(np.arange(48).reshape(6, 8) % 2, 255, 0).astype(np.uint8)).save(
+            tmp_path/'labels'/f'{i}.png')
+    (tmp_path/'classes.yaml').write_text('names:\n  0: background\n  1: coin\n')
+    r = opentrans('data', 'check', 'folder', '--root', tmp_path, '--classes', tmp_path/'classes.yaml', '--json')
+    told = json.loads(r.stdout)
+    assert r.returncode == 1 and (told['images'], told['images_read'], told['classes']) == (3, 3, 2)
+    assert "'coin' never occurs" in told['list']['all images']
+    (tmp_path/'my.classes').write_text('background\ncoin\n')
+    r = opentrans('data', 'check', 'folder', '--root', tmp_path, '--classes', tmp_path/'my.classes', '--json')
+    assert json.loads(r.stdout)['classes'] == 2
 
 def test_data_check_tells_what_is_broken(streets, tmp_path, small_looks):
     import shutil

@@ -5,6 +5,7 @@ import pytest
 import torch
 from opentrans.data import ShapesWorld
 from opentrans.data.batches import ImageBatches, random_window, sample_batches
+from opentrans.errors import FormatError
 from opentrans.distill import DistillTrainer
 from opentrans.distill.teaching import _Stream
 from opentrans.frameworks.contract import tiny_backbone
@@ -20,6 +21,20 @@ def digest(things):
         is_tensor = isinstance(thing, torch.Tensor)
         seen.update(thing.contiguous().numpy().tobytes() if is_tensor else repr(thing).encode())
     return seen.hexdigest()[:16]
+
+class Broken(torch.utils.data.Dataset):
+    "Pictures that cannot be read."
+    def __len__(self): return 2
+    def __getitem__(self, i):
+        try: raise KeyError(i)
+        except KeyError: raise FormatError("The file 'a.png' is cut short: 3 of 9 bytes.\nGet it again.") from None
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_error_of_a_worker_is_its_own_sentence(workers):
+    "Without the traceback that torch puts around it; the kind of error stays."
+    loader = torch.utils.data.DataLoader(Broken(), num_workers=workers)
+    with pytest.raises(FormatError) as told: next(iter(loader))
+    assert str(told.value) == "The file 'a.png' is cut short: 3 of 9 bytes.\nGet it again."
 
 def world(): return ShapesWorld('train', n=12, size=64)
 

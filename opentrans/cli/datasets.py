@@ -50,7 +50,8 @@ def data_check(
     told['first'] = ', '.join(names[:5])
     told['things'] = len(d.things)
     told['sizes'] = ', '.join(_commonest_sizes(read))
-    told['images_read'] = len(d) if read is None else len(read)
+    # a finding about all images is no image
+    told['images_read'] = len(d) if read is None else sum(read.index != 'all images')
     told['problems'] = len(wrong)
     if as_json: told['list'] = wrong
     show(told, as_json, 'data set')

@@ -191,8 +191,8 @@ def finetune(
     precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None, set_:RecipeFields=None,
     eval_every:Annotated[int, typer.Option(
         min=0,
-        help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 "
-             "does not.")]=0,
+        help="Evaluate every so many iterations, as at the end but on all images, and keep the best weights in "
+             "OUT/run/best.safetensors; 0 does not.")]=0,
     eval_split:EvalSplit='val',
     eval_limit:Annotated[int, typer.Option(
         min=0, help="Images that the mIoU at the end is taken over; 0: no mIoU.")]=100,
@@ -224,7 +224,8 @@ def finetune(
     _tell_course(named, framework, r, None, r, 0, '', _where(stride, train))
     if dry_run: return _dry_run(seg, train, r, m, chosen, processes, as_json)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
-    how.update(val=val if eval_every else None, eval_every=eval_every)
+    looks = _looks(framework, data, shipped, workers=workers, device=device)
+    how.update(val=val if eval_every else None, eval_every=eval_every, looks=looks)
     checkpoints = str(Path(out)/'run')
     with settings_kept(out, recipe=r.to_dict(), output_stride=stride):
         history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=checkpoints, lengthen=True, **how)
@@ -232,7 +233,6 @@ def finetune(
     first, last = history.loss.iloc[0], history.loss.iloc[-1]
     done = dict(iterations=len(history), first_loss=float(first), last_loss=float(last))
     if 'miou' in history: done['best_miou'] = float(history.miou.max())
-    looks = _looks(framework, data, shipped, workers=workers, device=device)
     done.update(_reached(seg, val, eval_limit, looks))
     done['model'] = str(Path(out)/'model.safetensors')
     show(done, as_json, 'fine-tuned')

@@ -158,7 +158,11 @@ def _is_file_of_names(names):
     "Is this a path rather than a list of names?"
     if isinstance(names, Path): return True
     if not isinstance(names, str): return False
-    return Path(names).suffix.lower() in ('.txt', '.json', '.csv', '.tsv', '.names', '.lst')
+    path = Path(names)
+    ending = path.suffix.lower()
+    if ending in ('.txt', '.json', '.csv', '.tsv', '.names', '.lst', '.yaml', '.yml'): return True
+    may_be_path = bool(ending) or len(path.parts) > 1
+    return may_be_path and os.path.isfile(names)
 
 def _names(names, templates='photo'):
     "A vocabulary from a list or comma string of names, a name in `VOCABULARIES`, or a file."
@@ -339,6 +343,7 @@ def _coco_panoptic(root, split='val', **kwargs):
     root = data_root(root)
     _,(path,maps,images) = find_layout('coco_panoptic', root, _coco_layouts(split), _coco_panoptic.how)
     d = read_panoptic_json(path, 'images')
+    if not d['annotations']: raise FormatError(f"'{path}' lists no annotations: there is nothing to read.")
     try: vocabulary,categories,things = _categories(d)
     except OpenTransError as error:
         raise FormatError(f"The categories of '{path}' make no vocabulary: {error}") from None

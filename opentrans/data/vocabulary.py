@@ -216,6 +216,7 @@ _HEADINGS = ('name', 'names', 'class', 'classes', 'label', 'labels', 'category',
 # what a column of numbers is called
 _COUNTERS = ('id', 'idx', 'index', 'number', 'train_id', 'trainid', 'class_id', 'label_id')
 _BEFORE = re.compile(r'(\d{1,9})\s*([:.)=-]|\s)\s*(.*)') # '7:bed', '7. bed', '7) bed', '7 - bed', '7 bed'
+_KEY = re.compile(r'[A-Za-z_][\w-]*:(\s.*)?') # 'nc: 3', 'path: ../street'
 _BEHIND = re.compile(r'(.*[^\s:=])\s*([:=]|\s)\s*(\d{1,9})') # 'bed: 7', 'bed 7'
 
 def _lines(text):
@@ -312,13 +313,15 @@ def _class_lines(text):
     lines = _lines(text)
     if not lines: raise OpenTransError("it has no lines. Write one class a line")
     if lines[0][0] in '[{': raise OpenTransError("it begins like JSON. Call it .json, or write one class a line")
-    for sign in '\t,':
+    for sign in '\t,;':
         rows = _rows(lines, sign)
         if rows is not None: return _column(rows)
     if any('\t' in line for line in lines):
         raise OpenTransError("it has tabs, but no numbers and no headings. Write one class a line")
     if len(lines) > 1 and lines[0].lower().rstrip(':') in _HEADINGS: lines = lines[1:]
     names = _without_numbers(_unquoted(lines))
+    keys = [name for name in names if _KEY.fullmatch(name)]
+    if keys: raise OpenTransError(f"'{shorten(keys[0], 40)}' is a key of YAML and no name. Write one class a line")
     if len(names) == 1 and ',' in names[0]:
         raise OpenTransError("its only line has commas, which part the words of one class. Write one class a line")
     return names

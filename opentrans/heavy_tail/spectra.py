@@ -372,8 +372,8 @@ def spectra(
     # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as
     # `prunable` does; `()` takes all
     skip:str|Iterable[str]|None=None,
-    # Eigenvalues not above this, on the paper's scale, count as zero; None: 1e-5, and in blocks nothing but what
-    # arithmetic cannot tell from zero
+    # Eigenvalues not above this, on the paper's scale, count as zero; None: 1e-5, and in blocks and for the
+    # differences to a `base` nothing but what arithmetic cannot tell from zero
     floor:float|None=None,
     method:str='auto', # `'gram'`, `'svd'` or `'auto'`, as in `esd`
     precision:str='double', # `'double'` or `'fast'`, as in `esd`
@@ -393,7 +393,8 @@ def spectra(
     blocks = as_blocks(aspect)
     null = as_null(null)
     smallest = floor or 1e-5 # eigenvalue that is to be exact
-    if floor is None: floor = 1e-5 if blocks is None else 0.
+    is_plain = blocks is None and base is None # the floor is meant for whole weights
+    if floor is None: floor = 1e-5 if is_plain else 0.
     # raises for wrong options before any layer is read
     esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)
     solver = (method, precision, smallest)

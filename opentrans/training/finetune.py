@@ -8,7 +8,7 @@ __all__ = ['CHECKPOINT_FILE', 'WEIGHTS_FILE', 'batch_indices', 'batches', 'freez
 
 # %% ../../nbs/training/41_finetune.ipynb #d7c2d75a
 import contextlib, functools, hashlib, json, math, os, signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -530,6 +530,7 @@ def finetune(
     # May a run that has ended go on with more iterations? Its learning rate is then that of the longer recipe at each
     # iteration, and may rise again
     lengthen:bool=False,
+    looks:Mapping[str, Any]|None=None, # Options of `evaluate` for `val`, such as `size` and `over`; None: the usual
 )->pd.DataFrame: # One row an iteration: iteration, loss, its terms, lr, grad_norm if clipped, miou where evaluated
     """Fine-tune all layers, or those of `selection` (Sec. 3.3.1). Raises `OpenTransError` for bad settings and for
     a loss that is not finite; `OtherRun` if the folder is another's; `Interrupted` if it is asked to end, or
@@ -567,7 +568,7 @@ def finetune(
             row = run.step(batch)
             done = run.iteration == recipe.iterations
             due = eval_every is not None and (done or run.iteration % eval_every == 0)
-            if val is not None and due: run.evaluate(val) # adds `miou` to the row
+            if val is not None and due: run.evaluate(val, looks or {}) # adds `miou` to the row
             if run.logger: run.logger(row)
             stop = bool(asked) # a signal that comes later is for the next iteration
             if done or stop or run.iteration % checkpoint_every == 0: run.save()
@@ -653,9 +654,9 @@ class _Run(_RunState):
         self.iteration += 1
         return row
 
-    def evaluate(self, val):
+    def evaluate(self, val, looks):
         "Evaluate; the best weights so far are kept apart."
-        miou = evaluate(self.framework, val)['miou']
+        miou = evaluate(self.framework, val, **looks)['miou']
         self.history.rows[-1]['miou'] = miou
         if miou > self.best:
             self.best = miou
