@@ -160,3 +160,15 @@ def test_a_model_of_which_nothing_can_be_cut_says_so():
         for parts in added.parts.values():
             for parameter in parts.parameters(): parameter.data.normal_()
         with pytest.warns(UserWarning, match='merge_peft'): SparseMask.heads(net, .5).slim(net)
+
+@torch.no_grad()
+def test_equal_heads_and_units_stay_as_the_share_says():
+    net = timm_vit()
+    for block in net.blocks:
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2): layer.weight.fill_(.1)
+    mask = SparseMask.heads(net, .75)
+    outputs = [mask[f'blocks.{i}.attn.proj.weight'] for i in (0, 1)]
+    assert sum(int(kept[0].sum()) for kept in outputs) == 6*6 # of eight heads of width 6
+    mask = SparseMask.inner(net, .25)
+    readers = [mask[f'blocks.{i}.mlp.fc2.weight'] for i in (0, 1)]
+    assert sum(int(kept[0].sum()) for kept in readers) == 24 + 1 # of 96 units; each block keeps one at least

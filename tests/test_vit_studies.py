@@ -24,6 +24,21 @@ def test_stored_files_are_read(name, tmp_path):
         json.dumps({key: value for key,value in data.items() if key not in ('results', 'summary')}))
     with pytest.raises(FormatError): load_study(name, tmp_path/'less.json')
 
+def test_one_seed_has_no_spread():
+    "The table of a study of one seed shows its numbers alone; that of several seeds their spread, too."
+    from opentrans.experiments.studies import _DETECTED
+    text = get_study('esta-parts').text
+    data = load_study('esta-parts', RESULTS/'esta-parts-5seeds.json')
+    assert '±' in text(data)
+    one = text(dict(data, results=[row for row in data['results'] if row['seed'] == 0]))
+    assert '±' not in one and 'nan' not in one
+    def detectors(*seeds):
+        rows = [dict(mask=mask, seed=seed, ap=.105+seed/10, ap50=.5, base=.3, novel=.2)
+                for mask in _DETECTED for seed in seeds]
+        return get_study('detection').text(dict(more=dict(rows=rows)))
+    assert '15.5 ± 7.1' in detectors(0, 1)
+    assert '10.5' in detectors(0) and '±' not in detectors(0) and 'nan' not in detectors(0)
+
 def test_the_stored_settings_are_todays():
     "What the study of sensitivity runs with is what its file names."
     from opentrans.vit import spt_study

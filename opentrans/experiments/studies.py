@@ -143,11 +143,10 @@ def _detection_means(data):
     return by_mask.mean().loc[in_order],by_mask.std().loc[in_order]
 
 def _detection_text(data):
-    "Mean and deviation over seeds, in percent, in Markdown."
+    "Mean and deviation over seeds, in percent, in Markdown; one seed has no deviation."
     means,spreads = _detection_means(data)
-    means = means.round(1).astype(str)
-    spreads = spreads.round(1).astype(str)
-    table = means + ' ± ' + spreads
+    table = means.round(1).astype(str)
+    if spreads.notna().to_numpy().all(): table += ' ± ' + spreads.round(1).astype(str)
     return table.reset_index().to_markdown(index=False)
 
 def _plot_detection(study, data):

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from ..core import find_tower
 from ..errors import check_number, OpenTransError
 from .mask import SparseMask
+from .solvers import keep_largest
 
 # %% ../../nbs/01p_heads.ipynb #a4bc0f11
 @dataclass
@@ -217,12 +218,17 @@ def _keep_heads(mask, attention, stays):
     for name in makers: mask[name][rows] = False
     mask[reader][:, rows] = False
 
-def _least_to_stay(scores, share):
-    "The lowest score that stays, of all scores together."
+def _units_to_stay(scores, share):
+    """Which units stay: as many as the share says, the best of all lists of scores together; of equal ones at the
+    border those that come last. Each list keeps its best one, too."""
     together = torch.cat(scores)
     keep = max(1, round(share*len(together)))
-    ranked = together.sort(descending=True).values
-    return ranked[keep-1]
+    stays = keep_largest(together, keep).cpu()
+    sizes = [len(score) for score in scores]
+    each = stays.split(sizes)
+    for score,own in zip(scores, each):
+        if not own.any(): own[score.argmax().item()] = True
+    return each
 
 @patch(cls_method=True)
 def heads(cls:SparseMask,
@@ -238,8 +244,5 @@ def heads(cls:SparseMask,
     if not found:
         raise OpenTransError(f"{type(model).__name__} has no attention whose heads are known here.")
     scores = [_head_scores(attention) for attention in found]
-    least = _least_to_stay(scores, share)
-    for attention,score in zip(found, scores):
-        stays = score >= min(least, score.max()) # a layer keeps its best head
-        _keep_heads(mask, attention, stays)
+    for attention,stays in zip(found, _units_to_stay(scores, share)): _keep_heads(mask, attention, stays)
     return cls(mask.masks, dict(method='heads by magnitude', share=share))

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import find_tower
 from ..errors import check_number, OpenTransError
 from .criteria import criterion
-from .heads import _add_to_bias, _attentions, _chosen, _head_scores, _least_to_stay, _slim_heads
+from .heads import _add_to_bias, _attentions, _chosen, _head_scores, _slim_heads, _units_to_stay
 from .mask import SparseMask
 from .places import prunable
 
@@ -201,9 +201,7 @@ def inner(cls:SparseMask,
         raise OpenTransError(
             f"{name} has no bottlenecks or MLPs that are known here. Use SparseMask.magnitude.")
     scores = [_side_scores(side) for side in sides]
-    least = _least_to_stay(scores, share)
-    for side,score in zip(sides, scores):
-        stays = score >= min(least, score.max()) # a side keeps its best channel
+    for side,stays in zip(sides, _units_to_stay(scores, share)):
         maker,reader = (mask[f'{name}.weight'] for name in side.names)
         maker[~stays] = False
         reader[:, ~stays] = False

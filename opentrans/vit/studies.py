@@ -46,10 +46,11 @@ def _check_rows(*columns):
 _SHARES = {'accuracy', 'every', 'best', 'share', 'miou', 'ap50', 'small_alone', 'large_alone'}
 
 def _with_spread(column, mean, spread):
-    "A mean and its spread over the seeds, in print."
-    if column in _SHARES: return f'{100*mean:.1f} ± {100*spread:.1f}'
-    if mean >= 1000: return f'{mean:,.0f} ± {spread:,.0f}'
-    return f'{mean:.4g} ± {spread:.2g}'
+    "A mean and its spread over the seeds, in print; one seed has none."
+    if column in _SHARES: texts = f'{100*mean:.1f}',f'{100*spread:.1f}'
+    elif mean >= 1000: texts = f'{mean:,.0f}',f'{spread:,.0f}'
+    else: texts = f'{mean:.4g}',f'{spread:.2g}'
+    return texts[0] if pd.isna(spread) else ' ± '.join(texts)
 
 def _as_markdown(rows, name, index=None):
     "Rows by name as a table in Markdown, whose first column has this title."
