@@ -218,6 +218,7 @@ def _keep_heads(mask, attention, stays):
     for name in makers: mask[name][rows] = False
     mask[reader][:, rows] = False
 
+# %% ../../nbs/01p_heads.ipynb #ae02ce20
 def _units_to_stay(scores, share):
     """Which units stay: as many as the share says, the best of all lists of scores together; of equal ones at the
     border those that come last. Each list keeps its best one, too."""
