@@ -190,3 +190,12 @@ def test_numbers_of_many_layers_in_a_course_do_not_meet():
                   after=[4.]*200)
     axs = plot_courses(dict(dense={'0': course}, sparse={'0': course}))
     check_apart(axs[1].xaxis, 0, 199)
+
+def test_the_random_edge_is_seen_on_a_dark_ground():
+    torch.manual_seed(0)
+    table = analyze(of(torch.randn(32, 32)), skip=())
+    for style,ink in (('default', 'black'), ('dark_background', 'white')):
+        with plt.style.context(style):
+            ax = table.plot_esd(list(table)[0])
+            edge = next(line for line in ax.lines if line.get_label() == 'random edge')
+            assert edge.get_color() == ink

@@ -378,7 +378,8 @@ def _draw_esd(s, f, ax):
     bins = np.geomspace(low, high, bin_count)
     density,_,_ = ax.hist(evals, bins, density=True, color='0.78')
     if f.ok: _draw_fit(f, high, ax)
-    ax.axvline(s.edge, color='k', ls='--', lw=1, label='random edge')
+    ink = ax.xaxis.label.get_color() # light on a dark ground
+    ax.axvline(s.edge, color=ink, ls='--', lw=1, label='random edge')
     seen = density[density > 0]
     bottom = seen.min()/2
     top = seen.max()*3
