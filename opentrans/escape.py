@@ -30,10 +30,13 @@ def for_terminal(
 # %% ../nbs/00_escape.ipynb #10525ddd
 def for_plot(
     text:object, # Anything that has a text
+    longest:int|None=None, # Characters; what is longer loses its beginning, as layers differ at their ends
 )->str:
     """A text that matplotlib draws as it stands: no formula, and never left out of a legend because of a leading
     `_`."""
-    text = printable(text).replace('$', '\\$')
+    text = printable(text)
+    if longest and len(text) > longest: text = '...'+text[3-longest:]
+    text = text.replace('$', '\\$')
     return f' {text}' if text.startswith('_') else text
 
 # %% ../nbs/00_escape.ipynb #5ef3634e

@@ -6,7 +6,7 @@
 __all__ = ['RETIRED', 'LINE_EVERY', 'Handle', 'around_step', 'held_by', 'after_step', 'signal_handlers', 'eval_mode',
            'without_collection', 'check_may_begin_processes', 'usual_start_method', 'seed_everything', 'seeded',
            'pick_device', 'device_of', 'is_small', 'to_device', 'check_images', 'label_loss_of', 'cosine_share',
-           'time_left', 'is_quiet', 'progress', 'get_axes', 'figure_png', 'write_names', 'stored_result']
+           'time_left', 'is_quiet', 'progress', 'get_axes', 'log_axis', 'figure_png', 'write_names', 'stored_result']
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
 import contextlib, gc, io, math, multiprocessing, operator, os, random, signal, threading, weakref
@@ -320,10 +320,28 @@ def get_axes(
     ax=None, # Axes, or an array of them, to draw on; None makes a figure
     **kwargs, # Of a new figure, as `plt.subplots` takes them, e.g. `figsize=(5, 3)` or `ncols=2`
 ): # `ax`, or those of the new figure
-    "Where a plot goes: on the axes given, or on new ones."
+    "Where a plot goes: on the axes given, or on new ones, whose names are inside the figure when it is saved."
     if ax is not None: return ax
     import matplotlib.pyplot as plt # not needed for anything else here
+    kwargs = dict(layout='constrained') | kwargs
     return plt.subplots(**kwargs)[1]
+
+def log_axis(
+    axis, # `ax.xaxis` or `ax.yaxis`, on a logarithmic scale
+    low:float, # Smallest value
+    high:float, # Largest value
+):
+    "Few and plain ticks on a logarithmic axis, also where the values span less than a decade or two."
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+    if not high >= 10*low:
+        locator = MaxNLocator(4, steps=[1, 2, 5, 10])
+        axis.set_major_locator(locator)
+        axis.set_major_formatter(ScalarFormatter())
+    elif high < 100*low:
+        locator = LogLocator(subs=(1, 2, 5))
+        axis.set_major_locator(locator)
+        axis.set_major_formatter('{x:g}')
+    axis.set_minor_formatter(NullFormatter())
 
 # %% ../nbs/00_runtime.ipynb #92fca1f7
 def figure_png(

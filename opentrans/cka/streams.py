@@ -6,7 +6,7 @@
 __all__ = ['cka', 'plot_cka', 'same_layers', 'channel_cka', 'paper_cka']
 
 # %% ../../nbs/03c_streams.ipynb #f3ad37dd
-import contextlib, warnings
+import contextlib, math, warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TYPE_CHECKING
 import numpy as np
@@ -310,18 +310,17 @@ def _write_values(values, ax):
 
 def _short(names):
     "Names of layers for a plot."
-    return [for_plot(str(name).removesuffix('.weight')) for name in names]
+    return [for_plot(str(name).removesuffix('.weight'), 34) for name in names]
 
 def _write_names(frame, ax):
     "Write the names of layers along both axes of a heat map, at most some 40 of each."
     h,w = frame.shape
     columns = _short(frame.columns)
     rows = _short(frame.index)
-    step_x = max(1, w//40)
-    step_y = max(1, h//40)
-    size = 7 if max(h, w) > 20 else 9
-    ax.set_xticks(range(0, w, step_x), columns[::step_x], rotation=90, fontsize=size)
-    ax.set_yticks(range(0, h, step_y), rows[::step_y], fontsize=size)
+    step_x = math.ceil(w/40)
+    step_y = math.ceil(h/40)
+    ax.set_xticks(range(0, w, step_x), columns[::step_x], rotation=90, fontsize=9)
+    ax.set_yticks(range(0, h, step_y), rows[::step_y], fontsize=9)
     ax.set_xlabel('layers of the second model')
     ax.set_ylabel('layers of the first')
 
@@ -333,8 +332,8 @@ def plot_cka(
 )->'Axes': # The axes
     "Heat map of a CKA table: rows upwards, NaN hatched."
     h,w = frame.shape
-    width = min(12, 2.4+.32*w)
-    height = min(11, 1.6+.32*h)
+    width = min(12, max(3.6, 2.4+.32*w))
+    height = min(11, max(3, 1.6+.32*h))
     ax = get_axes(ax, figsize=(width, height))
     values = frame.to_numpy()
     im = ax.imshow(values, origin='lower', vmin=0, vmax=1, cmap='magma', aspect='auto')

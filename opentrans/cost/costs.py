@@ -472,12 +472,12 @@ def _unit_of(values):
     return 1,''
 
 def _label_rows(rows, ax):
-    "Write names of rows below the bars of a plot: of at most some 80."
-    names = [for_plot(row.removesuffix('.weight')) for row in rows]
+    "Write names of rows below the bars of a plot: of at most 60."
+    names = [for_plot(row.removesuffix('.weight'), 34) for row in rows]
     x = np.arange(len(names))
     ax.set_xticks(x, names, rotation=90 if len(names) > 8 else 0, fontsize=9)
-    step = len(names)//40
-    if len(names) > 80: ax.set_xticks(x[::step], names[::step])
+    step = math.ceil(len(names)/60) # so many have room in the widest figure
+    ax.set_xticks(x[::step], names[::step])
 
 # %% ../../nbs/04_cost.ipynb #ab3248bd
 class Cost(_CostText):

@@ -253,9 +253,17 @@ def _drawn_labels(sample, names):
     is_wide = sample.get('ignore') == 65535
     known = labels < (ignore_label(256) if is_wide else 255)
     count = int(labels[known].max())+1 if known.any() else 1
+    if names and len(names) < count:
+        raise OpenTransError(f"There are {len(names)} names, but the labels go up to {count-1}. Name all classes.")
     colours = class_colours(names or count)
     shown = np.where(known, labels, 0)
     return np.where(known[...,None], colours[shown], .5)
+
+def _drawn_image(sample):
+    "The image of a sample, (H,W,3); of one channel, in grey."
+    image = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1)
+    if image.shape[-1] == 1: return image.repeat(3, axis=-1)
+    return image.copy()
 
 # %% ../../nbs/data/11_samples.ipynb #cb06abd5
 def _write_names(ax, sample, vocabulary):
@@ -280,14 +288,14 @@ def show_sample(
     if kind not in ('image', 'labels', 'regions'):
         raise unknown('kind of picture', kind, ['image', 'labels', 'regions'])
     if kind == 'labels': picture = _drawn_labels(sample, names)
-    else: picture = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1).copy()
+    else: picture = _drawn_image(sample)
     if kind == 'regions' and len(sample['regions']):
         edges = _outlines(sample['regions'])
         picture[edges] = (1., 0., 1.)
     ax = get_axes(ax, figsize=(3, 3))
     ax.imshow(picture, interpolation='nearest')
     ax.set_axis_off()
-    ax.set_title(kind if title is None else title, fontsize=9)
+    ax.set_title(for_plot(kind if title is None else title), fontsize=9)
     if vocabulary is not None: _write_names(ax, sample, vocabulary)
     return ax
 

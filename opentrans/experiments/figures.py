@@ -330,9 +330,11 @@ def _plot_densities(frame, what, ax):
     ax.set_xlabel('density')
     ax.set_ylabel('mIoU (%)')
     ax.set_title(for_plot(f'{what} classes'), fontsize=9)
-    densities = frame.density[~is_dense].round(3)
-    densities = sorted(densities.unique())
-    ax.set_xticks(densities, [f'{density:g}' for density in densities])
+    densities = []
+    for density in sorted(frame.density[~is_dense].unique()):
+        has_room = not densities or density > 1.3*densities[-1]
+        if has_room: densities.append(density)
+    ax.set_xticks(densities, [f'{density:.3g}' for density in densities])
     ax.minorticks_off()
 
 def plot_density(
@@ -376,8 +378,9 @@ def plot_courses(
         _plot_medians(courses, kind, colour, axs[0])
         _plot_layers(first_seed, kind, colour, axs[1])
     axs[0].set(xlabel='iteration', ylabel='median alpha')
-    every_other = range(0, len(first_seed['layers']), 2)
-    axs[1].set(xlabel='layer', ylabel='alpha', yscale='log', xticks=every_other)
+    count = len(first_seed['layers'])
+    step = max(2, math.ceil(count/16))
+    axs[1].set(xlabel='layer', ylabel='alpha', yscale='log', xticks=range(0, count, step))
     axs[1].set_yticks([2, 5, 10, 20], ['2', '5', '10', '20'])
     axs[1].minorticks_off()
     for ax in axs: ax.legend(fontsize=9, frameon=False)
@@ -401,7 +404,7 @@ def plot_similarity(
             _bar(ax, x, runs[reading], .74/n, color=colour, label=label)
     ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"])
     ax.set_ylabel('CKA to CLIP')
-    ax.legend(fontsize=9, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
+    ax.legend(fontsize=9, frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1.))
     return ax
 
 # %% ../../nbs/experiments/54_figures.ipynb #3d9d8af8

@@ -90,8 +90,9 @@ def plot_change(self:LayerTable,
     ax.plot(x, c.alpha_after, 'o', color=_RED, ms=5, label='after')
     ax.set(xlabel='layer', ylabel='$\\alpha$')
     if len(c) <= 12:
-        labels = [for_plot(name) for name in c.index]
+        labels = [for_plot(name, 34) for name in c.index]
         ax.set_xticks(x, labels, rotation=20, ha='right', fontsize=9)
+    else: ax.locator_params(axis='x', integer=True)
     ax.legend(fontsize=9, frameon=False)
     return ax
 

@@ -15,8 +15,8 @@ from ..core import LayerSelection
 from ..errors import check_number, OpenTransError
 from ..escape import for_plot
 from .power_law import fit_power_law, PowerLawFit, XMIN_RULES
-from .table import LayerTable
-from ..runtime import get_axes
+from .table import _say, LayerTable
+from ..runtime import get_axes, log_axis
 
 # %% ../../nbs/02f_robust.ipynb #e465490d
 def hill(
@@ -92,6 +92,7 @@ def _draw_plateau(e, ax):
 
 def _draw_hill(e, fit, ax):
     "Draw Hill's estimates, their plateau and a fit."
+    e = e[np.isfinite(e.alpha)] # none where the largest eigenvalues are equal
     alpha = e.alpha
     low,high = alpha-e.sigma,alpha+e.sigma
     ax.fill_between(e.k, low, high, color='#3b6fb6', alpha=.15, lw=0)
@@ -110,6 +111,7 @@ def _draw_hill(e, fit, ax):
     top = 1.2*max(top, 0)
     ax.set(xscale='log', ylim=(1, top))
     ax.set(xlabel='k, eigenvalues in the tail', ylabel='$\\alpha$')
+    log_axis(ax.xaxis, e.k.min(), e.k.max())
     ax.legend(fontsize=9, frameon=False)
 
 # %% ../../nbs/02f_robust.ipynb #3a66e936
@@ -121,12 +123,10 @@ def plot_hill(self:LayerTable,
     "Hill's estimates of a layer, with their plateau and the table's own fit."
     ax = get_axes(ax, figsize=(5, 3))
     s = self.spectra[self._name(name)]
-    ax.set_title(for_plot(name), fontsize=9)
-    if s.evals is None or s.evals.size < 4:
-        why = for_plot(s.reason or 'too few eigenvalues')
-        ax.text(.5, .5, why, ha='center', transform=ax.transAxes)
-        return ax
+    ax.set_title(for_plot(name, 48), fontsize=9)
+    if s.evals is None or s.evals.size < 4: return _say(s.reason or 'too few eigenvalues', ax)
     estimates = hill(s.evals)
+    if not np.isfinite(estimates.alpha).any(): return _say(self.fits[name].reason or 'no estimate', ax)
     _draw_hill(estimates, self.fits[name], ax)
     return ax
 

@@ -22,7 +22,7 @@ from .power_law import _no_fit, _rule_name, _Tails, SELECTION_RULES, PowerLawFit
 from .reading import _skipped, _not_read, WeightFiles
 from .spectra import Spectrum, spectra
 from ..naming import name_some
-from ..runtime import get_axes
+from ..runtime import get_axes, log_axis
 
 if TYPE_CHECKING: # for types alone
     from matplotlib.axes import Axes
@@ -350,16 +350,6 @@ _BLUE = '#3b6fb6'
 _RED = '#c8442e'
 _ORANGE = '#e8940f' # data, fits and medians, warnings
 
-def _log_axis(axis, low, high):
-    "Few and plain ticks, also where the values span less than a decade."
-    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
-    spans_decade = high >= 10*low
-    if not spans_decade:
-        locator = MaxNLocator(4, steps=[1, 2, 5, 10])
-        axis.set_major_locator(locator)
-        axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
-
 def _say(words, ax):
     "Write why there is nothing to draw."
     ax.text(.5, .5, for_plot(words), ha='center', va='center', transform=ax.transAxes)
@@ -378,23 +368,25 @@ def _draw_fit(f, high, ax):
 # %% ../../nbs/02b_layers.ipynb #ac669d2a
 def _draw_esd(s, f, ax):
     "Draw a `Spectrum` and a fit of it."
-    ax.set_title(for_plot(s.name), fontsize=9)
+    ax.set_title(for_plot(s.name, 48), fontsize=9)
     if _is_empty(s): return _say(s.reason or 'no eigenvalues', ax)
     evals = s.evals
     low = evals[0]
-    high = max(evals[-1], low*1.01)
+    high = evals[-1]
     bin_count = min(60, 8+evals.size//4)
+    if high < 1.01*low: low,high,bin_count = low/1.1,high*1.1,4 # one bar that can be seen
     bins = np.geomspace(low, high, bin_count)
     density,_,_ = ax.hist(evals, bins, density=True, color='0.78')
     if f.ok: _draw_fit(f, high, ax)
-    ax.axvline(s.edge, color='k', ls='--', lw=1, label='random edge')
+    ink = ax.xaxis.label.get_color() # light on a dark ground
+    ax.axvline(s.edge, color=ink, ls='--', lw=1, label='random edge')
     seen = density[density > 0]
     bottom = seen.min()/2
     top = seen.max()*3
     ax.set(xscale='log', yscale='log', ylim=(bottom, top))
     ax.set(xlabel='eigenvalue', ylabel='density')
-    _log_axis(ax.xaxis, low, max(high, s.edge))
-    _log_axis(ax.yaxis, bottom, top)
+    log_axis(ax.xaxis, low, max(high, s.edge))
+    log_axis(ax.yaxis, bottom, top)
     title = None
     if not f.ok: title = for_plot(f.reason)
     ax.legend(fontsize=9, framealpha=.8, edgecolor='none', title=title, title_fontsize=9)
@@ -416,11 +408,10 @@ def ks_curve(
 
 def _draw_ks(s, fits, ax):
     "Draw the distances of all beginnings of the tail of a `Spectrum`, and some fits, by the name of their rule."
-    if s.evals is None or s.evals.size < 4:
-        words = for_plot(s.reason or 'too few eigenvalues')
-        ax.text(.5, .5, words, ha='center', transform=ax.transAxes)
-        return ax
+    ax.set_title(for_plot(s.name, 48), fontsize=9)
+    if s.evals is None or s.evals.size < 4: return _say(s.reason or 'too few eigenvalues', ax)
     c = ks_curve(s.evals)
+    if not len(c): return _say('too few distinct eigenvalues', ax)
     ax.plot(c.xmin, c.D, color=_BLUE, lw=1)
     has_fit = False
     for (rule,f),marker in zip(fits.items(), 'osD^v*'):
@@ -430,8 +421,7 @@ def _draw_ks(s, fits, ax):
         ax.plot(f.xmin, f.D, marker, color=_RED, ms=6, label=label)
     top = min(1, 1.1*c.D.max())
     ax.set(xscale='log', xlabel='xmin', ylabel='KS distance D', ylim=(0, top))
-    _log_axis(ax.xaxis, c.xmin.min(), c.xmin.max())
-    ax.set_title(for_plot(s.name), fontsize=9)
+    log_axis(ax.xaxis, c.xmin.min(), c.xmin.max())
     if has_fit: ax.legend(fontsize=9, frameon=False)
     return ax
 
@@ -450,6 +440,7 @@ def _draw_grid(table, names, n, ncols):
     "The spectra of several layers of a table, beside each other."
     if names is None: names = _from_small_to_large(table, n)
     names = list(names)
+    if not names: raise OpenTransError("There are no layers to draw. Give their names, or n of at least 1.")
     ncols = min(ncols, len(names))
     rows = math.ceil(len(names)/ncols)
     figsize = (3.1*ncols, 2.6*rows)
@@ -457,8 +448,7 @@ def _draw_grid(table, names, n, ncols):
     for ax in axs.flat[len(names):]: ax.remove()
     for name,ax in zip(names, axs.flat):
         table.plot_esd(name, ax)
-        title = name if len(name) < 34 else '...'+name[-32:]
-        ax.set_title(for_plot(title), fontsize=9)
+        ax.set_title(for_plot(name, 34), fontsize=9)
     return axs
 
 # %% ../../nbs/02b_layers.ipynb #1714eabf
@@ -549,10 +539,10 @@ def _draw_alphas(table, ax, selection):
         label = f'median {table.median:.2f}'
         ax.axhline(table.median, color=_RED, lw=1.2, label=label)
     ax.set(xlabel='layer', ylabel='$\\alpha$', xlim=(-.5, count-.5))
-    ax.locator_params(axis='x', integer=True)
+    ax.locator_params(axis='x', integer=True, min_n_ticks=1)
     ax.legend(fontsize=9, ncols=4, frameon=False, loc='upper left')
-    _,top = ax.get_ylim()
-    ax.set_ylim(top=top*1.08)
+    bottom,top = ax.get_ylim()
+    ax.set_ylim(top=top+.15*(top-bottom)) # room for the legend
     return ax
 
 # %% ../../nbs/02b_layers.ipynb #bfc8e29a
@@ -591,6 +581,7 @@ def plot_choices(
     ax:'Axes|None'=None, # Axes to draw on
 )->'Axes': # The axes
     "The layers that several rules freeze, one rule a row; the first is the one that the others are compared with."
+    if not tables: raise OpenTransError("There is nothing to compare. Give a table or a selection by its name.")
     frozen = {rule: _frozen_of(t) for rule,t in tables.items()}
     first = next(iter(tables.values()))
     names = _names_of(first)
@@ -605,6 +596,6 @@ def plot_choices(
     _white_lines(len(names), len(frozen), ax)
     labels = _choice_labels(frozen, grid)
     ax.set_yticks(range(len(frozen)), labels)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set(xlabel='layer (blue: frozen)')
     return ax

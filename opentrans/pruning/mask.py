@@ -6,7 +6,7 @@
 __all__ = ['MASK_FILE', 'weights_digest', 'SparseMask', 'compare_masks', 'plot_overlap']
 
 # %% ../../nbs/01_pruning.ipynb #28368b61
-import hashlib, json
+import hashlib, json, math
 from collections.abc import ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, ClassVar, TYPE_CHECKING
@@ -499,17 +499,19 @@ class _MaskPictures(_MaskFiles):
         "Density of each layer, and of all together."
         table = self.table()
         width = max(5, min(14, len(table)/5))
-        ax = get_axes(ax, figsize=(width, 3.6))
+        names = [for_plot(name.removesuffix('.weight'), 34) for name in table.index]
+        height = max(3.6, 2.4+.072*max(map(len, names)))
+        ax = get_axes(ax, figsize=(width, height))
         places = range(len(table))
         shown_label = label and for_plot(label)
         line, = ax.plot(places, table.density, 'o-', ms=3, lw=1, label=shown_label)
         color = line.get_color()
         ax.axhline(self.density, ls=':', lw=1, color=color)
-        names = [for_plot(name.removesuffix('.weight')) for name in table.index]
-        ax.set_xticks(places, names, rotation=90, fontsize=9)
+        step = math.ceil(len(names)/60) # so many have room in the widest figure
+        ax.set_xticks(places[::step], names[::step], rotation=90, fontsize=9)
         whole = f'all, {self.density:.3f}' if label is None else 'all'
-        most = table.density.max()
-        top = 1.05 if most > .5 else None
+        most = max(np.max(drawn.get_ydata()) for drawn in ax.lines) # of other masks, too
+        top = 1.05 if most > .5 else 1.05*most
         title = f'density per layer (dotted: {whole})'
         ax.set(ylabel='density', ylim=(0, top), title=title)
         if label: ax.legend()
@@ -590,11 +592,13 @@ def plot_overlap(
     if isinstance(frame, dict):
         title = 'overlap of masks (IoU)'
         frame = compare_masks(frame)
+    if not len(frame): raise OpenTransError("There are no masks to compare. Give a dict of them, by name.")
     frame = frame.rename(index=for_plot, columns=for_plot)
     count = len(frame)
     size = (1.5+.8*count, 1+.65*count)
     ax = get_axes(ax, figsize=size)
-    sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)
+    all_names = dict(xticklabels=True, yticklabels=True)
+    sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False, **all_names)
     ax.set_title(title)
     ticks = ax.get_xticks()
     ax.set_xticks(ticks, frame.columns, rotation=45, ha='right', rotation_mode='anchor')

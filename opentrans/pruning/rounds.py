@@ -412,6 +412,7 @@ def plot_history(
     ax.yaxis.set_major_locator(ticks)
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.locator_params(axis='x', integer=True, min_n_ticks=1)
     if 'loss' in history:
         other = ax.twinx()
         other.plot(rounds, history.loss, 'C1.-', lw=1)

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 from ..errors import check_number, OpenTransError, shorten, unknown
+from ..escape import for_plot
 from ..runtime import get_axes
 from .engine import _is_backbone, _Maps, compile
 from .plan import Plan, relative_difference
@@ -306,16 +307,18 @@ def plot_speed(
 ): # The axes
     "What FLOPs promise, and what the clock gives."
     ours = table[table.engine == 'ours']
-    names = [f'{row.mask}: {row.batch} x {row.height} x {row.width}, threads: {row.threads}'
+    names = [for_plot(f'{row.mask}: {row.batch} x {row.height} x {row.width}, threads: {row.threads}')
              for row in ours.itertuples()]
+    places = range(len(ours))
     height = .6 + .45*len(ours)
     ax = get_axes(ax, figsize=(6, height))
-    ax.barh(names, ours.promised, color='lightgray', label='promised by FLOPs')
-    ax.barh(names, ours.times, height=.5, color='C0', label='by the clock')
+    ax.barh(places, ours.promised, color='lightgray', label='promised by FLOPs')
+    ax.barh(places, ours.times, height=.5, color='C0', label='by the clock')
     spread = [ours.times - ours.low, ours.high - ours.times]
-    ax.errorbar(ours.times, range(len(ours)), xerr=spread, fmt='none', color='black')
+    ax.errorbar(ours.times, places, xerr=spread, fmt='none', color='black')
     ax.axvline(1, color='black', lw=1)
     ax.set(xlabel='times as fast as the best dense engine')
+    ax.set_yticks(places, names)
     ax.invert_yaxis()
     ax.legend(fontsize=9, loc='upper left', bbox_to_anchor=(1, 1))
     return ax

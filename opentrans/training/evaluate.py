@@ -25,7 +25,8 @@ from ..escape import for_html, for_plot
 from ..files import check_finite, FileKind, load_json
 from ..frameworks.contract import best_class, Framework, get_framework, resize, Scores, scores_of
 from ..processes import Processes
-from ..runtime import check_may_begin_processes, get_axes, device_of, eval_mode, pick_device, progress
+from ..runtime import (
+    check_may_begin_processes, get_axes, device_of, eval_mode, log_axis, pick_device, progress, write_names)
 from .recipe import _Finite, _listed, _ranged, _RANGES, _truth
 
 if TYPE_CHECKING: # for types alone
@@ -606,14 +607,11 @@ def _plot_costs(ax, frame, x, y, kinds):
     "Draw the quality of runs against one of their costs."
     for i,(kind,rows) in enumerate(frame.groupby(kinds, sort=False)):
         label = for_plot(kind) if kind else None
-        ax.scatter(rows[x], rows[y], s=40, color=f'C{i}', label=label)
-    costs = frame[x]
-    middle = (costs.min()*costs.max())**.5
-    for i,(name,row) in enumerate(frame.sort_values(x).iterrows()):
-        ahead = row[x] > middle # its name goes to the left of the point, else to the right
-        offset = (-5 if ahead else 5, (4, -11)[i%2])
-        ax.annotate(for_plot(name), (row[x], row[y]), xytext=offset, textcoords='offset points', fontsize=9,
-                    ha='right' if ahead else 'left')
+        ax.scatter(rows[x], rows[y], s=40, color=f'C{i%10}', marker='os^D'[i//10%4], label=label)
+    known = frame[[x, y]].dropna()
+    names = [for_plot(name) for name in known.index]
+    points = known.to_numpy(float)
+    write_names(ax, names, points[:,None], beside=True)
 
 def plot_runs(
     frame:pd.DataFrame, # As `compare_runs` makes it
@@ -634,9 +632,8 @@ def plot_runs(
         _plot_costs(ax, frame, x, y, kinds)
         ax.set(xlabel=label, xscale='log')
         ax.margins(.25)
-        ax.xaxis.set_major_formatter('{x:g}')
-        ax.xaxis.set_minor_formatter('{x:g}')
+        log_axis(ax.xaxis, *ax.get_xlim())
         ax.tick_params(axis='x', which='both', labelsize=9, rotation=30)
     axs[0].set_ylabel(y)
-    if kinds.nunique() > 1: axs[0].legend(fontsize=9)
+    if kinds.nunique() > 1: axs[-1].legend(fontsize=9, loc='upper left', bbox_to_anchor=(1, 1))
     return axs[0]

@@ -7,7 +7,7 @@ __all__ = ['SPVIT_RUN', 'SCHEDULES', 'embedding_loss', 'label_loss', 'teacher_lo
            'train_spvit', 'random_spec', 'fit_heads', 'attention_maps', 'locality', 'plot_heads', 'plot_locality']
 
 # %% ../../nbs/vit/63c_search.ipynb #54fc02c7
-import functools
+import functools, math
 from dataclasses import asdict
 import numpy as np
 import pandas as pd
@@ -486,7 +486,7 @@ def plot_heads(
     axs = np.ravel(axs)
     for h,ax in enumerate(axs):
         looks = a[h, token, prefix:]
-        ax.imshow(looks.reshape(grid), cmap='Greys', vmin=0)
+        ax.imshow(looks.reshape(grid).numpy(), cmap='Greys', vmin=0)
         corner = column-.5,row-.5
         frame = Rectangle(corner, 1, 1, fill=False, ec='lime', lw=1.5)
         ax.add_patch(frame)
@@ -505,6 +505,7 @@ def plot_locality(
     ax.scatter(table.block.map(order), table.distance, s=18, alpha=.8)
     even = table.even_distance.iloc[0]
     ax.axhline(even, ls='--', c='grey', lw=1)
-    ticks = list(order.values())
+    step = math.ceil(len(order)/16)
+    ticks = list(order.values())[::step]
     ax.set(xlabel='block', ylabel='distance, patches', title='how far heads look', xticks=ticks, ylim=(0, None))
     return ax

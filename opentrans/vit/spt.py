@@ -193,7 +193,9 @@ def plot_profile(
     else: frame.rename(columns=for_plot).plot.bar(ax=ax, width=.8, legend=False)
     longest = max(map(len, frame.index), default=0)
     labels = [for_plot(name) for name in frame.index]
-    ax.set_xticks(range(len(frame)), labels, rotation=30 if longest > 4 else 0)
+    slanted = dict(rotation=30, ha='right', rotation_mode='anchor') if longest > 4 else {}
+    step = 1 if slanted else math.ceil(len(labels)/16)
+    ax.set_xticks(range(0, len(frame), step), labels[::step], **slanted)
     label = 'share of sensitive weights' if column == 'share' else 'sensitive part of the weights'
     ax.set(xlabel=by, ylabel=label, ylim=(0, None))
     if len(named) > 1: ax.legend()
