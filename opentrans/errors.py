@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OpenTransError', 'FormatError', 'DamagedFile', 'OtherRun', 'WriteError', 'Interrupted', 'unknown', 'shorten',
-           'optional', 'is_timms_own', 'timm_name', 'check_number', 'none_if_off']
+           'optional', 'is_timms_own', 'timm_name', 'without_collection', 'check_number', 'none_if_off']
 
 # %% ../nbs/00_errors.ipynb #6115c07e
-import difflib, importlib, math, numbers, re
+import contextlib, difflib, gc, importlib, math, numbers, re
 from collections.abc import Iterable
 from typing import Any
 
@@ -116,6 +116,17 @@ def timm_name(
     if is_timms_own(name): return name
     timm = importlib.import_module('timm')
     raise unknown('model of timm', name, timm.list_models())
+
+# %% ../nbs/00_errors.ipynb #6a0c7e11
+@contextlib.contextmanager
+def without_collection():
+    """No collection of garbage inside the block. For imports of large libraries: they make half a million objects
+    and no garbage, and a fifth of their time went into looking for it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if collects: gc.enable()
 
 # %% ../nbs/00_errors.ipynb #630d1c66
 def _is_finite(value):

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RETIRED', 'LINE_EVERY', 'Handle', 'around_step', 'held_by', 'after_step', 'signal_handlers', 'eval_mode',
-           'without_collection', 'check_may_begin_processes', 'usual_start_method', 'seed_everything', 'seeded',
-           'pick_device', 'device_of', 'is_small', 'to_device', 'check_images', 'label_loss_of', 'cosine_share',
-           'time_left', 'is_quiet', 'progress', 'get_axes', 'log_axis', 'figure_png', 'write_names', 'stored_result']
+           'check_may_begin_processes', 'usual_start_method', 'seed_everything', 'seeded', 'pick_device', 'device_of',
+           'is_small', 'to_device', 'check_images', 'label_loss_of', 'cosine_share', 'time_left', 'is_quiet',
+           'progress', 'get_axes', 'log_axis', 'figure_png', 'write_names', 'stored_result']
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
-import contextlib, gc, io, math, multiprocessing, operator, os, random, signal, threading, weakref
+import contextlib, io, math, multiprocessing, operator, os, random, signal, threading, weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Callable
@@ -100,17 +100,6 @@ def eval_mode(
         with torch.no_grad(): yield
     finally:
         for module,trains in modes: module.training = trains
-
-# %% ../nbs/00_runtime.ipynb #6a0c7e11
-@contextlib.contextmanager
-def without_collection():
-    """No collection of garbage inside the block. For imports of large libraries: they make half a million objects
-    and no garbage, and a fifth of their time went into looking for it."""
-    collects = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally:
-        if collects: gc.enable()
 
 # %% ../nbs/00_runtime.ipynb #f9eddaba
 def check_may_begin_processes(

@@ -10,15 +10,14 @@ import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..errors import OpenTransError, shorten, unknown
+from ..errors import OpenTransError, shorten, unknown, without_collection
 from .defaults import (
     ImagesAtOnce, Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
 from opentrans.cli.options import (
     AllowHub, AsJson, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, OutputStride, Preset,
     Pretrained, Prompts, Root, Seed, Split, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
     settings_kept)
-from .terminal import (
-    _no_collection, _not_over, _numbers, _save_picture, _save_table, _say, _with_first, _writable, show)
+from .terminal import _not_over, _numbers, _save_picture, _save_table, _say, _with_first, _writable, show
 from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
 
 # %% ../../nbs/app/70g_evaluation.ipynb #33417549
@@ -203,7 +202,7 @@ def _shares(labels, names):
 
 # %% ../../nbs/app/70g_evaluation.ipynb #d0725905
 @app.command()
-@_no_collection()
+@without_collection()
 def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
     names:Annotated[str, typer.Argument(

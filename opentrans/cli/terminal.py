@@ -6,7 +6,7 @@
 __all__ = ['show']
 
 # %% ../../nbs/app/70b_terminal.ipynb #8d117914
-import contextlib, errno, gc, json, math, re, sys, tempfile
+import errno, json, math, re, sys, tempfile
 from numbers import Integral
 from pathlib import Path
 from ..errors import OpenTransError, WriteError, shorten, unknown
@@ -162,16 +162,6 @@ def _save_picture(plot, path):
     matplotlib.use('Agg')
     with atomic_path(path) as part:
         plot().figure.savefig(part, dpi=120, bbox_inches='tight', format=path.suffix[1:].lower())
-
-@contextlib.contextmanager
-def _no_collection():
-    """Python looks for no garbage within a command that mostly imports: what is imported stays, and to search it again
-    and again takes a sixth of the time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try: yield
-    finally:
-        if collects: gc.enable()
 
 def _writable(*files):
     "A file that cannot be written in the end ends a command before it begins. Raises `OpenTransError`."

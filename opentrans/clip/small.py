@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 import opentrans
-from ..errors import FormatError, is_timms_own, OpenTransError, shorten, unknown
+from ..errors import FormatError, is_timms_own, OpenTransError, shorten, unknown, without_collection
 from ..files import load_json
-from ..runtime import seeded, without_collection
+from ..runtime import seeded
 with without_collection(): import open_clip
 
 # %% ../../nbs/clip/21_small_clip.ipynb #65fde109
