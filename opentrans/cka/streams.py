@@ -17,7 +17,7 @@ from .kernels import _nan, rbf_gram
 from .watching import _default_layers, _features, _find_modules, _IDLE, _Watch
 from ..core import unwrap
 from ..errors import OpenTransError, unknown
-from ..escape import for_plot
+from ..escape import layer_for_plot
 from ..runtime import get_axes, device_of, eval_mode, progress
 
 if TYPE_CHECKING: # for types alone
@@ -308,15 +308,11 @@ def _write_values(values, ax):
         color = 'w' if value < .6 else 'k'
         ax.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=9, color=color)
 
-def _short(names):
-    "Names of layers for a plot."
-    return [for_plot(str(name).removesuffix('.weight'), 34) for name in names]
-
 def _write_names(frame, ax):
     "Write the names of layers along both axes of a heat map, at most some 40 of each."
     h,w = frame.shape
-    columns = _short(frame.columns)
-    rows = _short(frame.index)
+    columns = list(map(layer_for_plot, frame.columns))
+    rows = list(map(layer_for_plot, frame.index))
     step_x = math.ceil(w/40)
     step_y = math.ceil(h/40)
     ax.set_xticks(range(0, w, step_x), columns[::step_x], rotation=90, fontsize=9)

@@ -106,10 +106,9 @@ class NameHead(nn.Module):
     ):
         super().__init__()
         self.classifier = nn.Linear(features, classes)
-        # what the names mean does not change when a tower learns; drawn until it is loaded, from numbers of its own
-        generator = torch.Generator().manual_seed(0)
-        names = torch.randn(classes, embed_dim, generator=generator, device='cpu')
-        self.register_buffer('names', F.normalize(names, dim=1))
+        names = torch.empty(classes, embed_dim)
+        nn.init.normal_(names, std=embed_dim**-.5) # about unit length, until they are loaded
+        self.register_buffer('names', names) # what names mean does not change when a tower learns
         self.temperature = temperature
 
     def forward(self,

@@ -23,7 +23,7 @@ from ..core import LAYER_KINDS, LayerSelection, unwrap
 from .counting import _Composite, _Counter, _hooked, _model_rows, CONVENTIONS
 from .dry_pass import _LeftBehind, _run_dry
 from ..errors import OpenTransError, optional, unknown
-from ..escape import for_markdown, for_plot
+from ..escape import for_markdown, layer_for_plot
 from ..naming import clean_name, find_names
 from ..runtime import get_axes, device_of, eval_mode
 
@@ -473,7 +473,7 @@ def _unit_of(values):
 
 def _label_rows(rows, ax):
     "Write names of rows below the bars of a plot: of at most 60."
-    names = [for_plot(row.removesuffix('.weight'), 34) for row in rows]
+    names = list(map(layer_for_plot, rows))
     x = np.arange(len(names))
     ax.set_xticks(x, names, rotation=90 if len(names) > 8 else 0, fontsize=9)
     step = math.ceil(len(names)/60) # so many have room in the widest figure

@@ -161,6 +161,7 @@ def training_memory(
 # %% ../../nbs/04d_memory.ipynb #90cc1f50
 def _peak_on_cuda(step, device):
     "The peak memory of a step by CUDA's own counter."
+    gc.collect() # what an earlier step has left would be counted as freed by this one
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -202,7 +203,6 @@ def peak_memory(
 )->int: # Bytes at the worst moment
     """Measure the peak memory of `step` from the allocator itself: on CUDA what is allocated above what was before,
     on the CPU the blocks that `step` is given."""
-    gc.collect() # what an earlier step has left would be counted as freed by this one
     if torch.device(device).type == 'cuda': return _peak_on_cuda(step, device)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # else the profiler talks on stderr
     return _peak_on_cpu(step)

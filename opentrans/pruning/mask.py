@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 from typing_extensions import NotRequired, Self, TypedDict
 from ..core import find_tower, layers, no_values
 from ..errors import OpenTransError, shorten, unknown
-from ..escape import for_plot
+from ..escape import for_plot, layer_for_plot
 from ..files import FileKind, load_tensors, metadata_value, pack_bits, plain_json, save_tensors, unpack_bits
 from ..naming import clean_name, match_pattern, tell_reasons
 from .baked import _bake, _mask_state, _must_exist
@@ -499,7 +499,7 @@ class _MaskPictures(_MaskFiles):
         "Density of each layer, and of all together."
         table = self.table()
         width = max(5, min(14, len(table)/5))
-        names = [for_plot(name.removesuffix('.weight'), 34) for name in table.index]
+        names = list(map(layer_for_plot, table.index))
         height = max(3.6, 2.4+.072*max(map(len, names)))
         ax = get_axes(ax, figsize=(width, height))
         places = range(len(table))
