@@ -10,7 +10,8 @@ cfg = parser['DEFAULT']
 
 extras = {
     'dev': cfg['dev_requirements'].split(),
-    # detectron2 has no release on the package index: this names its public repository. Its build imports torch, so: pip install --no-build-isolation
+    # detectron2 has no release on the package index: this names its public repository.
+    # Its build imports torch, so: pip install --no-build-isolation
     'detectron2': ['detectron2 @ git+https://github.com/facebookresearch/detectron2', 'hydra-core', 'omegaconf', 'yacs',
                    'tabulate', 'cloudpickle', 'pycocotools'],
     'cluster': cfg['cluster_requirements'].split(),
@@ -20,6 +21,8 @@ extras = {
     'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
     'bench': ['weightwatcher', 'torch-pruning', 'cka-pytorch', 'torch-cka', 'ptflops', 'fvcore', 'thop'],
 }
+
+module_index = f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"
 
 setup(
     name=cfg['lib_name'],
@@ -40,6 +43,6 @@ setup(
     package_data={'opentrans': ['assets/*', 'py.typed', '*.pyi']},
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
-    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [module_index]},
     zip_safe=False,
 )

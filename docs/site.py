@@ -91,7 +91,9 @@ def directives(source):
     "The words behind `#|` at the beginning of a cell."
     return [line[2:].strip() for line in source.splitlines() if line.startswith('#|')]
 
-def without_directives(source): return '\n'.join(line for line in source.splitlines() if not line.startswith('#|')).strip()
+def without_directives(source):
+    kept = [line for line in source.splitlines() if not line.startswith('#|')]
+    return '\n'.join(kept).strip()
 
 def fenced(text, language=''):
     "A block of code; the fence is longer than any inside."

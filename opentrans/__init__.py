@@ -1,4 +1,6 @@
-"Transferable and principled efficiency for open-vocabulary segmentation: prune CLIP once, transfer the mask, freeze layers by their spectra."
+"""Transferable and principled efficiency for open-vocabulary segmentation.
+
+Prune CLIP once, transfer the mask, freeze layers by their spectra."""
 import importlib, importlib.util
 
 __version__ = '0.2.0'
@@ -12,7 +14,8 @@ _NAMES = dict(
     heavy_tail='LayerTable analyze esd explore fit_power_law',
     cka='linear_cka plot_cka rbf_cka',
     cost='Cost training_flops',
-    data='PanopticQuality SemanticIoU ShapesWorld VOCABULARIES Vocabulary list_datasets open_dataset register_dataset show_sample',
+    data='PanopticQuality SemanticIoU ShapesWorld VOCABULARIES Vocabulary list_datasets open_dataset register_dataset '
+         'show_sample',
     clip='ClipBackbone',
     distill='DistillTrainer tgkd_loss vgkd_loss',
     frameworks='Framework build check_framework list_frameworks register_framework',

@@ -9,6 +9,7 @@ python tests/check_style.py --accept    store all counts, also those that have r
 """
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,12 +19,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 DEBT = ROOT/'tests'/'style_debt.json'
 SHOWN_WIDTH = 100   # columns of a cell that readers see; ruff judges the rest by 120
+LEAD_WIDTH = 113    # of a page's first quoted line, which becomes the first line of its module
 CELL_STATEMENTS = 40    # statements in an exported cell, its definitions and docstrings too: a cell holds one idea
 RUFF = [str(Path(sys.executable).with_name('ruff')), 'check', '--output-format', 'json', '--exit-zero']
 
 ADVICE = {
     'nested-ternary': 'write `if` and `else` as statements, or a function with a name',
     'wide-cell': f'a cell that is shown has at most {SHOWN_WIDTH} columns',
+    'lead': f'the first quoted line of a page is whole sentences within {LEAD_WIDTH} columns: say the rest in a second',
     'long-cell': f'an exported cell has at most {CELL_STATEMENTS} statements: divide it',
 }
 
@@ -37,8 +40,9 @@ class Finding(NamedTuple):
 
 
 def files():
-    "Notebooks, tests and benchmarks: all that is written by hand."
-    found = [*ROOT.glob('nbs/**/*.ipynb'), *ROOT.glob('tests/*.py'), *ROOT.glob('benchmarks/*.py')]
+    "Notebooks, tests, benchmarks and the like: all that is written by hand."
+    patterns = ('nbs/**/*.ipynb', 'tests/*.py', 'benchmarks/*.py', 'docs/*.py', 'opentrans/**/__init__.py', 'setup.py')
+    found = [path for pattern in patterns for path in ROOT.glob(pattern)]
     return [path for path in sorted(found) if '.ipynb_checkpoints' not in path.parts]
 
 
@@ -91,9 +95,21 @@ def statements(lines):
     return sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse('\n'.join(lines))))
 
 
+def lead(path):
+    "The first quoted line under the title of a notebook, which nbdev makes the docstring of its module; or ''."
+    for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+        if cell['cell_type'] == 'markdown':
+            found = re.search(r'^# .*\n+> +(.*)', ''.join(cell['source']), re.M)
+            return found.group(1) if found else ''
+    return ''
+
+
 def own_findings(path):
     "What ruff has no rule for."
     file = path.relative_to(ROOT).as_posix()
+    first = lead(path) if path.suffix == '.ipynb' else ''
+    if first and (len(first) > LEAD_WIDTH or first[-1] not in '.?!'):
+        yield Finding(file, 'lead', first, ADVICE['lead'])
     for place, lines in pieces(path):
         for row in nested_ternaries(lines):
             yield Finding(file, 'nested-ternary', f'{place}{row}', ADVICE['nested-ternary'])

@@ -57,6 +57,15 @@ def test_cells_that_are_shown_are_narrower_and_exported_ones_short(tree):
 
 
 @needs_ruff
+@pytest.mark.parametrize('quoted, is_found', [('A sentence.\n> And another', False), ('No sentence', True),
+                                              (f'{"x"*check_style.LEAD_WIDTH}.', True)])
+def test_the_first_quoted_line_of_a_page_stands_alone(tree, quoted, is_found):
+    cell = dict(cell_type='markdown', source=f'# Page\n\n> {quoted}\n\nText.', metadata={})
+    (tree/'nbs'/'some.ipynb').write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    assert [one.rule for one in check_style.findings()] == ['lead']*is_found
+
+
+@needs_ruff
 def test_magics_are_no_fault(tree):
     notebook(tree/'nbs'/'some.ipynb', '%matplotlib inline\n!ls\nsize = 1')
     assert not check_style.findings()

@@ -169,10 +169,11 @@ def op_macs(
 _OWN = {'aten', 'prim', 'prims', 'profiler', 'torchvision', 'quantized', 'quantized_decomposed', 'mkldnn',
         'onednn', 'mkl', 'c10d', '_c10d_functional', 'rngprims', 'debugprims', 'inductor'}
 _PRODUCT = re.compile(
-    'mm(_|$)|mv(_|$)|dot|^addr|conv|atten|multi_head|encoder_layer|rnn|lstm|gru|linear|linalg|matmul|matrix_exp|fft_[rc]2|dist_|'
-    'cholesky|solve|ormqr|geqrf|householder|lstsq')
+    'mm(_|$)|mv(_|$)|dot|^addr|conv|atten|multi_head|encoder_layer|rnn|lstm|gru|linear|linalg|matmul|matrix_exp|'
+    'fft_[rc]2|dist_|cholesky|solve|ormqr|geqrf|householder|lstsq')
 _NO_PRODUCT = re.compile(
-    'upsample|pack|convert|reorder|flatten_weight|search|check_errors|thnn_fused|linalg_(vector_norm|cross|_powsum|.*backward)')
+    'upsample|pack|convert|reorder|flatten_weight|search|check_errors|thnn_fused|'
+    'linalg_(vector_norm|cross|_powsum|.*backward)')
 
 @functools.lru_cache(None)
 def _may_multiply(op):

@@ -19,7 +19,8 @@ from .first_picture import __all__ as _first_picture
 from .report import *
 from .report import __all__ as _report
 
-_OF_STUDIES = ['LOSSES_OF', 'alpha_course', 'alpha_curves', 'overlaps', 'pictures', 'unpack_pictures'] # the others are named as their studies
+# the others are named as their studies
+_OF_STUDIES = ['LOSSES_OF', 'alpha_course', 'alpha_curves', 'overlaps', 'pictures', 'unpack_pictures']
 __all__ = ['paper_costs', *_scale, *_arms, *_jobs, *_claims, *_figures, *_registry, *_OF_STUDIES, *_report,
            *_league, *_first_picture]
 

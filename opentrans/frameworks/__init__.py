@@ -1,4 +1,6 @@
-"Segmentation frameworks on a CLIP backbone: the contract, the list of them, and their adapters, each imported when it is first built."
+"""Segmentation frameworks on a CLIP backbone: the contract, the list of them, and their adapters.
+
+Each adapter is imported when it is first built."""
 import sys
 from .contract import *
 from .contract import __all__ as _contract

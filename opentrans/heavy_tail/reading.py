@@ -136,7 +136,8 @@ def _shape(w):
 
 # %% ../../nbs/02h_reading.ipynb #ef9c844d
 _EMBEDDING = re.compile(
-    r'(^|\.)(wte|wpe|tok_embeddings|shared|\w*embed(s|ding|dings|_tokens|_positions)?|\w*_embeddings?)\.(weight|[\w.]*_embeddings?\.weight)$')
+    r'(^|\.)(wte|wpe|tok_embeddings|shared|\w*embed(s|ding|dings|_tokens|_positions)?|\w*_embeddings?)'
+    r'\.(weight|[\w.]*_embeddings?\.weight)$')
 _ENDINGS = ('.safetensors', '.pth', '.pt', '.bin')
 
 # %% ../../nbs/02h_reading.ipynb #6795a801
