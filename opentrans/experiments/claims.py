@@ -286,27 +286,38 @@ def brief_verdict(
     first = rows[rows.verdict == verdict].iloc[0] if verdict in said else rows.iloc[0]
     return _BRIEF[verdict],first
 
-def _brief_cell(rows):
-    "A verdict and its number."
-    if not len(rows): return 'not run'
-    verdict,row = brief_verdict(rows)
+def _verdict_words(verdict, row):
+    "A verdict and the number that says so."
     measured = 'CKA' if row.measured.startswith('cka') else row.measured
     digits = 2 if measured == 'CKA' else 1
     return f'{verdict} {row["mean"]:+.{digits}f} {for_markdown(measured)}'
+
+def _brief_cell(rows, usual):
+    """A verdict and its number, two of each where a claim holds by one measure and not by another; and how many seeds
+    it has, if these are not as many as usual."""
+    if not len(rows): return 'not run'
+    of_verdicts = [rows[rows.verdict == verdict] for verdict in ('holds', 'does not hold')]
+    decided = [brief_verdict(some) for some in of_verdicts if len(some)]
+    told = [_verdict_words(*one) for one in decided or [brief_verdict(rows)]]
+    number = rows.n.iloc[0]
+    if number != usual: told.append(f'{number} seeds')
+    return ', '.join(told)
 
 def paper_claims(
     table:pd.DataFrame, # Of `all_claims`, of studies on shapes
     photographs:pd.DataFrame=None, # The same of studies on photographs
     link:str=None, # Format of a link around the place in the paper, e.g. `'[{where}](results.md#{study})'`
 )->pd.DataFrame: # Indexed by claim: paper, shapes, photographs
-    "The paper's own claims, a line each, with one verdict and one number; 'not run' where there is none."
+    """The paper's own claims, a line each, with one verdict and one number; 'not run' where there is none. Other
+    numbers of seeds than that of most claims are told."""
     is_own = ~table['where'].isin(['beyond', 'needed'])
+    usual = table.n.mode().max()
     rows = {}
     for claim,measures in table[is_own].groupby('claim', sort=False):
         first = measures.iloc[0]
         where = first['where']
         if link: where = link.format(where=where, study=first.study)
         others = measures[:0] if photographs is None else photographs[photographs.claim == claim]
-        row = dict(paper=where, shapes=_brief_cell(measures), photographs=_brief_cell(others))
+        row = dict(paper=where, shapes=_brief_cell(measures, usual), photographs=_brief_cell(others, usual))
         rows[for_markdown(claim)] = row
     return pd.DataFrame(rows).T.rename_axis('claim')

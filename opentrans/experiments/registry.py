@@ -7,7 +7,7 @@ __all__ = ['STUDIES', 'STUDY_FILE', 'Study', 'study', 'list_studies', 'get_study
            'run_study', 'load_study', 'all_claims', 'plot_study', 'show_study']
 
 # %% ../../nbs/experiments/55_studies.ipynb #095ec40c
-import dataclasses, hashlib
+import dataclasses, hashlib, itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -401,13 +401,14 @@ def load_study(
 
 def all_claims(
     folder:str|Path, # Where `run_study` has written
-    seeds:int=5, # Of which runs
+    seeds:int|Sequence[int]=5, # Of which runs; of several, a claim is that of the first that judges it
     scale:str|Scale='shapes', # At which scale
 )->pd.DataFrame: # As `judge_claims`, with the study and its file; a claim that two studies judge is there once
     "The claims of all stored studies with their verdicts."
+    counts = [seeds] if isinstance(seeds, int) else seeds
     rows = []
-    for name in list_studies():
-        file = result_file(name, folder, seeds, scale)
+    for count,name in itertools.product(counts, list_studies()):
+        file = result_file(name, folder, count, scale)
         if not file.exists(): continue
         claims = load_study(name, file).get('claims', [])
         rows += [dict(study=name, file=file.name, **claim) for claim in claims]

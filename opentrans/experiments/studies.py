@@ -176,16 +176,21 @@ def masks(s:Study):
             'distilled mask', 'dense', ('cka',), 'Tab. 9')
 
 # %% ../../nbs/experiments/56_results.ipynb #1aabc4c0
+def _claim_small_alpha(s):
+    "The paper's claims of the half with small alpha."
+    half = 'To freeze the half with small alpha is better than'
+    s.claim(f'{half} to train all layers', 'freeze small alpha', 'dense', paper='Tab. 2')
+    s.claim(f'{half} to freeze the half with large alpha', 'freeze small alpha', 'freeze large alpha (alpha*)',
+            paper='Tab. 2')
+    s.claim(f'{half} to freeze half at random', 'freeze small alpha', 'freeze at random', paper='Tab. 2')
+
 @study('freezing', paper='Tab. 2', framework='mask2former')
 def freezing(s:Study):
     "Which half of the layers should be frozen?"
     s.add(*arms_of('layers'))
     s.claim('Fine-tuning has something to learn: all layers are better than a frozen backbone',
             'dense', 'freeze the whole backbone', ('base', 'domains'), 'needed')
-    half = 'To freeze the half with small alpha is better than'
-    s.claim(f'{half} to train all layers', 'freeze small alpha', 'dense')
-    s.claim(f'{half} to freeze the half with large alpha', 'freeze small alpha', 'freeze large alpha (alpha*)')
-    s.claim(f'{half} to freeze half at random', 'freeze small alpha', 'freeze at random')
+    _claim_small_alpha(s)
 
 # %% ../../nbs/experiments/56_results.ipynb #ab9c9257
 @study('losses', paper='Tab. 5')
@@ -471,6 +476,7 @@ def readings(s:Study):
     s.claim(f'{half} the half with small alpha', 'freeze small z', 'freeze small alpha')
     s.claim(f'{half} the half with large alpha', 'freeze small z', 'freeze large alpha (alpha*)')
     s.claim(f'{half} half at random', 'freeze small z', 'freeze at random')
+    _claim_small_alpha(s)
 
 # %% ../../nbs/experiments/56_results.ipynb #50dcbf29
 @study('levels')
